@@ -5,13 +5,27 @@ KAGE := .venv/bin/kage
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: demo test check lint setup image bench soak chaos simulate clean root
+.PHONY: demo test test-long check lint setup image bench soak chaos simulate clean root
 
 demo: root setup
 	@$(KAGE) demo $(ARGS)
 
+# Tests that measure or fill the machine themselves come one after the other. Of those in which one host may take another
+# for dead two files run at a time, in their order, for those with few tests take as long. Of all others as many tests run
+# as there are processors; those of one guest (xdist_group) stay together.
+ALONE := $(patsubst %,system/test_%.py,bench_gate chaos switch_demo) kernel/test_watch.py
+APART := unit protocol kernel $(patsubst %,system/test_%.py,answering_calls arbiters guest_control history_load image \
+    lease_model replication rulebase rulebase_guest switch switch_control switch_faults)
+TESTS := $(PYTHON) -m pytest -m "not long" $(ARGS)
 test: root setup lint image
-	$(PYTHON) -m pytest tests $(ARGS)
+	$(TESTS) $(APART:%=tests/%) $(ALONE:%=--ignore=tests/%) --numprocesses auto --dist loadgroup
+	$(TESTS) tests/system $(ALONE:%=--ignore=tests/%) $(patsubst %,--ignore=tests/%,$(filter system/%,$(APART))) \
+	    --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) $(ALONE:%=tests/%)
+
+# Further kinds of what those show.
+test-long: root setup image
+	$(PYTHON) -m pytest -m long $(ARGS)
 
 # Lint, types and the tests that boot no guest: seconds.
 check: setup lint
@@ -30,7 +44,7 @@ image: setup
 
 # What the promises in SPECIFICATION.md rest on; one of them with other options: kage bench NAME --help.
 bench: root setup
-	@status=0; for name in pause scaling memory gate delay; do \
+	@status=0; for name in pause scaling memory gate delay switch; do \
 	    $(KAGE) bench $$name --json bench-$$name.json || status=1; done; exit $$status
 
 # Twenty demo runs, killed at random moments.
@@ -41,9 +55,10 @@ soak: root setup
 chaos: root setup
 	@$(KAGE) chaos --runs 200 $(ARGS)
 
-# Ten million steps of the protocol in simulated time.
+# Ten million steps of the protocol in simulated time, held by the hosts, and at a switch.
 simulate: setup
 	@$(PYTHON) -m kagemusha.protocol.simulate --steps 10000000 $(ARGS)
+	@$(PYTHON) -m kagemusha.protocol.simulate --steps 10000000 --form switch $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

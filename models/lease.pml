@@ -8,7 +8,7 @@
  *
  * Weakened protocols, each with a counterexample: ACK_EARLY, RELEASE_AT_SEAL, NO_WAIT, NO_DRIFT, IGNORE_TERM,
  * RENEW_AT_RECEIPT, OBEY_OLD_CLAIM, ACCEPT_WHILE_CLAIMING, RECORD_BEFORE_KILL, HAND_OVER_BEFORE_CLOSE,
- * HAND_OVER_UNRECORDED, BOOT_UNASKED, BOOT_BEYOND_TRIED. REACH asks for a takeover with re-protection instead.
+ * HAND_OVER_UNRECORDED, BOOT_UNASKED, BOOT_BEYOND_TRIED, BOOT_AT_ONCE. REACH asks for a takeover with re-protection instead.
  */
 
 #ifndef MAXTERM
@@ -111,6 +111,7 @@ bit draining[2];        /* the guest is dead, but what was released of its outpu
 #else
 #define CAN_SEND(n) (guest[n] && (!holding[n] || lease[n] > 0))
 #endif
+#define UNLEASED(n) (guest[n] && !holding[n])
 #define GIVEN_TO_ME(t) (given[t] == HOLDER(n))
 #ifdef IGNORE_TERM
 #define HEARS_BEATS(n) (role[n] == SYNCING || role[n] == PROTECTING || role[n] == TAKING_OVER || role[n] == ALONE)
@@ -122,9 +123,14 @@ bit draining[2];        /* the guest is dead, but what was released of its outpu
 #else
 #define WAITED(n) (silence[n] == 0)
 #endif
+#ifdef BOOT_AT_ONCE
+#define BOOT_WAITED(n) true
+#else
+#define BOOT_WAITED(n) WAITED(n)
+#endif
 #define CHECK \
 	assert(!(CAN_SEND(0) && CAN_SEND(1))); \
-	assert(!(role[0] == FENCED && CAN_SEND(0)) && !(role[1] == FENCED && CAN_SEND(1)))
+	assert(!(role[0] == FENCED && UNLEASED(0)) && !(role[1] == FENCED && UNLEASED(1)))
 
 inline ask(t) {
 	if
@@ -217,7 +223,7 @@ inline be_standby() {
 
 /* standby._take_over_in */
 inline take_over(t) {
-	role[n] = TAKING_OVER; term[n] = t; tried[n] = t; own[n] = 1; silence[n] = 0; accepted[n] = 0
+	role[n] = TAKING_OVER; term[n] = t; tried[n] = t; own[n] = 1; accepted[n] = 0
 }
 
 inline release(e) {
@@ -373,15 +379,16 @@ proctype node(bit n) {
 		    to_standby?[HAND_OVER,_,_,_] ->
 		to_standby?HAND_OVER,_,_,_; hang_up();
 		if
-		:: role[n] == PROTECTING && MAX(term[n], tried[n]) < MAXTERM -> x = MAX(term[n], tried[n]) + 1; take_over(x); ask(x)
+		:: role[n] == PROTECTING && MAX(term[n], tried[n]) < MAXTERM -> x = MAX(term[n], tried[n]) + 1; take_over(x); ask(x); silence[n] = 0
 		:: else -> forget_checkpoint()
 		fi; x = 0 }
 	:: atomic { attached[n] && (role[n] >= SYNCING && role[n] <= PROTECTING) && (dialler == n || link == BROKEN) ->
 		hang_up();
 		if :: role[n] == SYNCING -> forget_checkpoint() :: else -> skip fi }
-	:: atomic { role[n] == PROTECTING && MAX(term[n], tried[n]) < MAXTERM && WAITED(n) ->
+	/* Taken for dead; whether too early matters to nobody but who serves. */
+	:: atomic { role[n] == PROTECTING && MAX(term[n], tried[n]) < MAXTERM ->
 		if :: attached[n] -> hang_up() :: else -> skip fi;
-		tried[n] = MAX(term[n], tried[n]) + 1; silence[n] = 0; ask(tried[n]); role[n] = CLAIMING }
+		tried[n] = MAX(term[n], tried[n]) + 1; ask(tried[n]); role[n] = CLAIMING }
 	:: atomic { role[n] == CLAIMING && given[tried[n]] != NOBODY ->
 		if
 		:: GIVEN_TO_ME(tried[n]) -> x = tried[n]; take_over(x)
@@ -395,8 +402,9 @@ proctype node(bit n) {
 	/* The operator stops this standby: it promises not to take over. */
 	:: atomic { (role[n] == SYNCING || role[n] == PROTECTING) && attached[n] && dialler != n && crashes < CRASHES ->
 		crashes = crashes + 1; tell_primary(GOODBYE, 0); hang_up(); be_standby(); role[n] = OFF }
-	:: atomic { role[n] == TAKING_OVER ->
-		guest[n] = 1; holding[n] = 0; epoch[n] = committed[n] + 1; taken_over = 1; role[n] = ALONE; promised[n] = 0;
+	/* The guest may run before, but is not heard. */
+	:: atomic { role[n] == TAKING_OVER && WAITED(n) ->
+		silence[n] = 0; guest[n] = 1; holding[n] = 0; epoch[n] = committed[n] + 1; taken_over = 1; role[n] = ALONE; promised[n] = 0;
 		assert(seen[PEER] <= committed[n]);                /* nothing that was seen is taken back */
 		seen[n] = epoch[n]; safe[n] = 0; committed[n] = 0;
 #ifndef IGNORE_TERM
@@ -432,12 +440,15 @@ proctype node(bit n) {
 #endif
 		fi;
 		if
-		:: base < MAXTERM -> tried[n] = MAX(tried[n], base + 1); epoch[n] = base + 1; role[n] = BOOTING; ask(base + 1)
+		:: base < MAXTERM -> tried[n] = MAX(tried[n], base + 1); epoch[n] = base + 1; role[n] = BOOTING; ask(base + 1);
+			/* Whoever claimed the term before this one may have died before the lease was over that it waited for. */
+			silence[n] = SILENCE
 		:: else -> role[n] = WAITING
 		fi;
 #endif
 		best = 0; base = 0 }
-	:: atomic { role[n] == BOOTING && given[epoch[n]] != NOBODY ->
+	:: atomic { role[n] == BOOTING && given[epoch[n]] != NOBODY && BOOT_WAITED(n) ->
+		silence[n] = 0;
 		if
 		:: GIVEN_TO_ME(epoch[n]) ->
 			term[n] = epoch[n]; own[n] = 1; guest[n] = 1; holding[n] = 0; epoch[n] = 1; seen[n] = 1; safe[n] = 0; role[n] = ALONE

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 from tests.harness.commands import wait
 from tests.harness.etcd import Etcd
@@ -10,7 +11,7 @@ from tests.harness.etcd import Etcd
 from kagemusha.failover.arbiter import Arbiter
 from kagemusha.failover.arbiters import make_arbiter
 from kagemusha.failover.claimant import Claimant, Lost, Unanswered, Won
-from kagemusha.model.config import ArbiterTable
+from kagemusha.model.config import Address, ArbiterTable, SwitchTable, TlsTable
 
 VM = "vm1"
 PATIENT_MS = 2000  # a busy machine is not an outage
@@ -22,9 +23,21 @@ def etcd_table(etcd: Etcd, **more: object) -> ArbiterTable:
     return ArbiterTable.model_validate({"kind": "etcd", "endpoints": etcd.endpoints, "timeout_ms": PATIENT_MS} | more)
 
 
-def opened(of: ArbiterTable) -> Arbiter:
+@dataclass(frozen=True)
+class SwitchClaims:
+    """The configuration of hosts whose arbiter is the switch there."""
+
+    kind: ClassVar[str] = "switch"
+    address: Address
+
+
+def opened(of: ArbiterTable | SwitchClaims) -> Arbiter:
     """The arbiter that it asks for."""
-    arbiter = make_arbiter(of)
+    if isinstance(of, SwitchClaims):
+        table = ArbiterTable(kind="switch", timeout_ms=PATIENT_MS)
+        arbiter = make_arbiter(table, switch=SwitchTable(address=of.address), tls=TlsTable(insecure=True), node="test")
+    else:
+        arbiter = make_arbiter(of)
     assert arbiter is not None
     return arbiter
 

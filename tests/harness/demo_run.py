@@ -18,7 +18,7 @@ def protected_run(options: DemoOptions) -> Iterator[DemoRun]:
             run.protect()
             yield run
         except BaseException as error:
-            error.add_note(run.tails())
+            error.add_note(run.directory.tails())
             raise
 
 

@@ -16,6 +16,7 @@ from kagemusha.gate.namespace import GateNetwork
 from kagemusha.gate.process import GateClient, spawn_gate
 from kagemusha.kernel import netns
 from kagemusha.kernel.netlink import Links
+from kagemusha.kernel.output_channel import OutputChannel
 from kagemusha.model.config import NetworkTable
 
 ETHERTYPE = 0x88B5  # IEEE 802 local experimental
@@ -114,10 +115,18 @@ class Lab:
     def build(
         self, *, network: NetworkTable | None = None, hold_bytes: int = 64 << 20
     ) -> tuple[GateNetwork, GateClient]:
-        self.network = GateNetwork.build(self.vm, ROLE, network or NetworkTable(bridge="br0"))
+        built = self.build_network(network)
+        return built, self.spawn_gate(hold_bytes)
+
+    def build_network(self, network: NetworkTable | None = None, *, switched: bool = False) -> GateNetwork:
+        self.network = GateNetwork.build(self.vm, ROLE, network or NetworkTable(bridge="br0"), switched=switched)
         self.network.lease.forever()  # tests that are about the lease begin one of their own
-        self.gate = spawn_gate(self.network, hold_bytes=hold_bytes)
-        return self.network, self.gate
+        return self.network
+
+    def spawn_gate(self, hold_bytes: int = 64 << 20, *, copies: OutputChannel | None = None) -> GateClient:
+        assert self.network is not None
+        self.gate = spawn_gate(self.network, hold_bytes=hold_bytes, copies=copies)
+        return self.gate
 
     def send(self, *numbers: int, size: int = 100) -> None:
         """The guest sends."""

@@ -16,6 +16,7 @@ from tests.harness.conditions import PATIENCE_S
 from tests.harness.wire import TERM
 
 from kagemusha.kernel.bpf_lease import Lease
+from kagemusha.kernel.output_channel import OutputChannel
 from kagemusha.kernel.staging import SLOTS, StagingSlot
 from kagemusha.model.checkpoint import SealedCheckpoint
 from kagemusha.model.config import Address, Compression, TlsTable
@@ -24,6 +25,7 @@ from kagemusha.model.memory import Bytes, MemoryImage, Runs
 from kagemusha.ship.orders import OpenSession, Order, Report
 from kagemusha.ship.shipper import Shipper, ShipSettings
 from kagemusha.transport import tls
+from kagemusha.wire.frame import HELD_OUTPUT_BYTES
 from kagemusha.wire.handshake import Hello, wire_blocks
 
 PLAINTEXT = TlsTable(insecure=True)
@@ -57,6 +59,7 @@ class PrimarySide:
         self.standby = standby
         self.image = image
         self.lease = Lease()
+        self.copies = OutputChannel(HELD_OUTPUT_BYTES)
         self.slots = tuple(StagingSlot(image.pages) for _ in range(SLOTS))
         self._alive: Any = RawValue("d", time.monotonic())
         fork = multiprocessing.get_context("fork")
@@ -67,11 +70,14 @@ class PrimarySide:
             self.reports.close()
             settings = ShipSettings(heartbeat_s, stall_s)
             context = tls.context(table, "client")
-            Shipper(theirs, self.slots, settings, context, self.lease, lambda: float(self._alive.value)).run()
+            Shipper(theirs, self.slots, settings, context, self.lease, self._alive_t, self.copies).run()
 
         self.process: multiprocessing.process.BaseProcess = fork.Process(target=main)
         self.process.start()
         theirs.close()
+
+    def _alive_t(self) -> float:
+        return float(self._alive.value)
 
     def hello(self, *, compression: Compression = "none", lease_ms: int = 300) -> Hello:
         return hello_for(self.image, compression=compression, lease_ms=lease_ms)
@@ -117,6 +123,7 @@ class PrimarySide:
         self.process.close()
         self.reports.close()
         self.lease.close()
+        self.copies.close()
 
 
 @contextmanager

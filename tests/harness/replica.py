@@ -167,9 +167,11 @@ class Replica:
         self.epoch = Epoch(self.epoch + 1)
         index = self.epoch % len(self.sending.slots)
         capture = CheckpointCapture(self.epoch, index, self.sending.slots[index], self.dirty)
+        self.dirty.take_ahead()
         self.control.begin_stop_and_save()
         assert self.control.wait_stopped(), "somebody else has paused the guest"
-        capture.copy_pages()
+        if self.epoch % 2:  # both orders
+            capture.copy_noted()
         self.control.wait_saved()
         capture.copy_pages()
         return capture.finish(self.control.device_state())

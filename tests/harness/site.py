@@ -27,8 +27,8 @@ from kagemusha.demo.processes import marked
 from kagemusha.demo.records import Acknowledged, RecordReader, Verification
 from kagemusha.demo.rundir import RunDirectory, sweep
 from kagemusha.demo.sides import STREAM_PORT, configuration, kage_program, qemu_command
-from kagemusha.demo.topology import GUEST_ADDRESS, Topology, inside, management_host, namespaces_with
-from kagemusha.guest.accel import READY_LINE
+from kagemusha.demo.topology import GUEST_ADDRESS, Topology, apart, inside, management_host, namespaces_with
+from kagemusha.guest.accel import KERNEL_WORDS, READY_LINE
 from kagemusha.kernel import netns
 
 Host = Literal["a", "b", "c"]
@@ -129,7 +129,7 @@ class Site:
     def guest(self, *arguments: str, ram_mb: int = 256, programs: str = "") -> tuple[str, ...]:
         """QEMU's command line for the demo's guest, with its address and what it shall run."""
         machine = demo_machine()
-        machine = replace(machine, append=f"console=ttyS0 quiet panic=-1 kage.ip={GUEST_ADDRESS} {programs}".strip())
+        machine = replace(machine, append=f"{KERNEL_WORDS} kage.ip={GUEST_ADDRESS} {programs}".strip())
         return qemu_command(machine, DemoOptions(ram_mb=ram_mb, qemu_arguments=arguments))
 
     def settings(self, role: Role, changes: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -197,8 +197,7 @@ class Site:
         folder, environment = self.prepare(role, toml(settings), host)
         prefix = inside(self.topology.hosts[host], [])
         if isolated:
-            private = 'mount -t tmpfs none /run/netns && exec "$@"'
-            prefix += ["unshare", "--mount", "--propagation", "private", "sh", "-c", private, "sh"]
+            prefix += apart([])
         command = Command(role, folder, prefix, environment)
         self._commands.append(command)
         self.keep(command.close)

@@ -17,7 +17,7 @@ from kagemusha.demo.image import COMMAND_PORT, build_image, default_cache_dir
 from kagemusha.demo.options import DemoOptions
 from kagemusha.demo.sides import SERIAL_FILE, Machine, qemu_command
 from kagemusha.errors import KageError
-from kagemusha.guest.accel import QEMU, READY_LINE, usable_accelerator
+from kagemusha.guest.accel import KERNEL_WORDS, QEMU, READY_LINE, usable_accelerator
 from kagemusha.guest.qmp import QmpSession
 from kagemusha.kernel.process import set_pdeathsig
 
@@ -30,7 +30,7 @@ def demo_machine() -> Machine:
     """What the demo boots, with the accelerator that works here."""
     image = build_image()
     accelerator = usable_accelerator(image.kernel, image.initrd, default_cache_dir())
-    append = "console=ttyS0 quiet panic=-1 kage.ip=10.0.2.15/24 kage.gw=10.0.2.2"
+    append = f"{KERNEL_WORDS} kage.ip=10.0.2.15/24 kage.gw=10.0.2.2"
     return Machine(QEMU, accelerator, image.kernel, image.initrd, append)
 
 

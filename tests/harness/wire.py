@@ -68,6 +68,7 @@ def checkpoint(
     *,
     rules: bytes = b"",
     inbound_seen: int = 0,
+    switch_session: int = 0,
     epoch: Epoch = EPOCH,
     term: Term = TERM,
     compression: Compression = "none",
@@ -82,6 +83,7 @@ def checkpoint(
         device_bytes=len(device),
         rules_bytes=len(rules),
         inbound_seen=inbound_seen,
+        switch_session=switch_session,
         codec=BlockCodec(compression),
     )
 

@@ -21,10 +21,33 @@ HUGE = 2 << 20
 MADV_PAGEOUT = 21  # linux/mman.h; the mmap module has no name for it
 
 _PROGRAM = """
-import ctypes, mmap, os, sys
+import ctypes, mmap, os, struct, sys
 maps, files, bases = [], [], []
 reading, writing = os.pipe()
 child = 0
+
+class Ring:
+    # io_uring with one entry: a read into a registered buffer, whose pages are pinned from its registration on
+    def __init__(self, address, size):
+        self.call = ctypes.CDLL(None, use_errno=True).syscall
+        params = (ctypes.c_uint32 * 30)()
+        self.file = self.checked(425, 1, params)
+        tail, array = params[11], params[16]
+        self.ring = mmap.mmap(self.file, array + 4, offset=0)
+        self.tail = ctypes.c_uint32.from_buffer(self.ring, tail)
+        self.entry = mmap.mmap(self.file, 64, offset=0x10000000)
+        self.checked(427, self.file, 0, (ctypes.c_uint64 * 2)(address, size), 1)
+    def read(self, source, address, size):
+        self.entry[:] = struct.pack("<BBHiQQII32x", 4, 0, 0, source, 2**64 - 1, address, size, 0)
+        self.tail.value += 1
+        self.checked(426, self.file, 1, 1, 1, None, 0)
+    def checked(self, *words):
+        answer = self.call(*words)
+        if answer < 0:
+            raise OSError(ctypes.get_errno(), "io_uring")
+        return answer
+
+ring = None
 for line in sys.stdin:
     verb, *words = line.split()
     numbers = [int(word) for word in words if word.isdigit()]
@@ -75,6 +98,14 @@ for line in sys.stdin:
         elif verb == "kernel-write":
             os.write(writing, bytes([numbers[3]]) * 8)
             os.readv(reading, [memoryview(area)[base : base + 8]])
+        elif verb == "pin":
+            try:
+                ring = Ring(ctypes.addressof(ctypes.c_char.from_buffer(area)) + base, count * 4096)
+            except OSError as error:
+                answer = error.errno
+        elif verb == "arrive":
+            os.write(writing, bytes([numbers[3]]) * 8)
+            ring.read(reading, ctypes.addressof(ctypes.c_char.from_buffer(area)) + base, 8)
         elif verb == "file-write":
             os.pwrite(files[region], bytes([numbers[3]]) * 8, base + (2 << 20))
         elif verb == "child-write":

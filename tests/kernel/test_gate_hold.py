@@ -136,13 +136,13 @@ def test_tail_drop_is_counted(host: Lab) -> None:
 def test_a_full_kernel_queue_is_counted(host: Lab) -> None:
     network, gate = host.build()
     network.set_mode(GateMode.HOLD)
-    os.kill(gate.pid, signal.SIGSTOP)
-    wait_stopped(gate.pid)
+    os.kill(gate.process.pid, signal.SIGSTOP)
+    wait_stopped(gate.process.pid)
     sent = devices.HOLD_QUEUE_FRAMES + 500
     data = PLAIN + frame(1)
     for _ in range(sent):
         os.write(network.tap_fd, data)
-    os.kill(gate.pid, signal.SIGCONT)
+    os.kill(gate.process.pid, signal.SIGCONT)
     gate.seal(ONE)
     sealed = gate.wait_sealed(ONE, WAIT_S)
     statistics = gate.statistics()
@@ -157,8 +157,8 @@ def test_killed_gate_process_leaks_nothing(host: Lab) -> None:
     host.send(*range(20))
     gate.seal(ONE)
     gate.wait_sealed(ONE, WAIT_S)
-    os.kill(gate.pid, signal.SIGKILL)
-    wait_dead(gate.pidfd)
+    os.kill(gate.process.pid, signal.SIGKILL)
+    wait_dead(gate.process.pidfd)
     assert "hold0" not in device_names(network.name)
     host.send(*range(20, 40))
     assert host.numbers() == []
@@ -177,14 +177,14 @@ def test_frozen_gate_process_leaks_nothing_and_goes_on(host: Lab) -> None:
     host.send(1)
     gate.seal(ONE)
     gate.wait_sealed(ONE, WAIT_S)
-    os.kill(gate.pid, signal.SIGSTOP)
-    wait_stopped(gate.pid)
+    os.kill(gate.process.pid, signal.SIGSTOP)
+    wait_stopped(gate.process.pid)
     host.send(2, 3)
     gate.seal(TWO)
     with pytest.raises(TransientError):
         gate.wait_sealed(TWO, 0.05)
     assert host.numbers() == []
-    os.kill(gate.pid, signal.SIGCONT)
+    os.kill(gate.process.pid, signal.SIGCONT)
     assert gate.wait_sealed(TWO, WAIT_S).frames == 2
     gate.release(TWO)
     assert host.numbers(3) == [1, 2, 3]
@@ -262,3 +262,37 @@ def test_changes_under_load_lose_double_and_reorder_nothing(host: Lab) -> None:
     statistics = gate.statistics()
     assert statistics.pending_frames == 0
     assert statistics.held_frames == statistics.released_frames == network.count.given
+
+
+def test_without_a_gate_process_frames_wait_in_the_queue_and_leave_in_order(host: Lab) -> None:
+    """As at a takeover: the guest runs before it may be heard."""
+    network = host.build_network()
+    network.lease.end()
+    network.set_mode(GateMode.HOLD)
+    host.send(*range(1, 60))
+    assert host.numbers() == []
+    network.set_mode(GateMode.PASS)
+    host.send(60)
+    assert host.numbers(60) == list(range(1, 61))
+    gate = host.spawn_gate()
+    gate.hold()
+    network.set_mode(GateMode.HOLD)
+    host.send(61)
+    gate.pass_all()
+    network.set_mode(GateMode.PASS)  # nothing was sealed between: what the process never saw must not be waited for
+    host.send(62)
+    assert host.numbers(2) == [61, 62]
+
+
+def test_what_waits_when_the_gate_process_starts_is_not_taken_for_returned(host: Lab) -> None:
+    """Or the gate would be opened for those behind it before it has left."""
+    network = host.build_network()
+    network.set_mode(GateMode.HOLD)
+    host.send(1, 2)
+    network.set_mode(GateMode.PASS)
+    network.set_mode(GateMode.HOLD)
+    host.send(3, 4)
+    gate = host.spawn_gate()
+    gate.pass_all()
+    assert host.numbers(4) == [1, 2, 3, 4]
+    assert network.count.returned == network.count.given == 4

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tests.harness.gate import PLAIN, ROLE, WAIT_S, Lab, Listener, device_names, frame, ip, lab, namespaces, number_of
 
-from kagemusha.errors import ConfigError, KageError, TransientError
+from kagemusha.errors import BugError, ConfigError, KageError, TransientError
 from kagemusha.gate import devices
 from kagemusha.gate.namespace import GateMode, GateNetwork
 from kagemusha.gate.process import spawn_gate
@@ -169,7 +169,7 @@ def abandon(network: NetworkTable, vm: str) -> None:
     if pid == 0:
         try:
             gate = spawn_gate(GateNetwork.build(vm, ROLE, network), hold_bytes=1000)
-            os.write(write_end, b"%d" % gate.pid)
+            os.write(write_end, b"%d" % gate.process.pid)
             select.select((), (), ())
         finally:
             os._exit(1)
@@ -331,3 +331,10 @@ def test_the_vms_tap_is_as_qemu_needs_it(host: Lab) -> None:
     assert name.rstrip(b"\0") == b"vm0"
     assert flags & 0x4000  # IFF_VNET_HDR
     assert not os.get_inheritable(network.tap_fd)
+
+
+def test_to_wait_is_for_a_host_whose_switch_holds(host: Lab) -> None:
+    network, _ = host.build()
+    with pytest.raises(BugError, match="no switch"):
+        network.set_mode(GateMode.WAIT)
+    assert network.mode is GateMode.CLOSED

@@ -160,9 +160,9 @@ def test_a_flood_with_a_small_queue(primary: Host, standby: Host) -> None:
     with pair(primary, queue_bytes=100_000) as ends:
         for start in range(0, 6000, 150):
             if start in (1500, 4500):
-                os.kill(ends.client.pid, signal.SIGSTOP)
+                os.kill(ends.client.process.pid, signal.SIGSTOP)
             if start in (3000, 5400):
-                os.kill(ends.client.pid, signal.SIGCONT)
+                os.kill(ends.client.process.pid, signal.SIGCONT)
             primary.send_in(*(packet(number) for number in range(start, start + 150)))
             primary.guest_reads(90)
             seen = ends.checkpoint()
@@ -276,7 +276,7 @@ def test_a_dead_process_is_told_and_hinders_nobody(primary: Host) -> None:
         primary.send_in(packet(0))
         ends.wait_received(1)
         assert ends.client.ended() is None
-        os.kill(ends.client.pid, signal.SIGKILL)
+        os.kill(ends.client.process.pid, signal.SIGKILL)
         wait_until(lambda: ends.client.ended() is not None, "the end")
         assert ends.client.ended() == "the inbound process died"
         primary.send_in(packet(1))
@@ -347,7 +347,7 @@ def test_it_dies_with_its_worker(primary: Host) -> None:
         worker = os.fork()
         if worker == 0:
             client = spawn_inbound(primary.namespace_fd, VM, address=address, context=None, vm_name="v", term=TERM)
-            os.write(writer, str(client.pid).encode())
+            os.write(writer, str(client.process.pid).encode())
             signal.pause()
             os._exit(0)
         pid = int(os.read(reader, 20))

@@ -138,11 +138,13 @@ def test_anonymous_private_memory_has_no_other_mappers() -> None:
 
 
 def test_memory_size_follows_what_is_touched() -> None:
+    # The share of pages that other processes map, too, moves by megabytes as those come and go: room for a quarter.
+    size = 128 << 20
     before = pss_kb(os.getpid())
-    area = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    assert pss_kb(os.getpid()) < before + (8 << 10)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    assert pss_kb(os.getpid()) < before + (size >> 10) // 4
     np.frombuffer(area, np.uint8)[::PAGE] = 1
-    assert pss_kb(os.getpid()) >= before + (32 << 10) - 1024
+    assert pss_kb(os.getpid()) > before + (size >> 10) * 3 // 4
 
 
 @pytest.mark.root

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.kernel.memory_target import HUGE, MADV_PAGEOUT, PAGE, MemoryTarget, Region, memory_target
 
 from kagemusha.kernel.backing import MappedFiles
-from kagemusha.kernel.pagemap import PagemapScanner
+from kagemusha.kernel.pagemap import PagemapScanner, joined
 from kagemusha.kernel.vm_rw import read_ranges
 from kagemusha.kernel.write_tracker import BRIDGED_CHUNKS, CHUNK_BYTES, WriteTracker
 from kagemusha.model.memory import Bytes, Ranges
@@ -50,7 +50,9 @@ class Copy:
     memory: Bytes
 
     def take(self) -> list[tuple[int, int]]:
-        ranges: Ranges = self.tracker.take()
+        marked = self.tracker.written()
+        ranges: Ranges = joined([marked, self.tracker.take()])
+        assert np.array_equal(ranges, marked), "looking without protecting finds the same"
         for start, end in ranges.tolist():
             part = self.memory[start - self.region.start : end - self.region.start]
             read_ranges(self.region.target.pid, np.array([[start, end]], np.uint64), part)

@@ -191,8 +191,24 @@ def test_a_standby_records_then_claims_and_activates_nothing_yet() -> None:
 
 def test_a_won_claim_takes_over_in_its_term() -> None:
     data, effects = drive_standby(claiming(), [s.ClaimWon(Term(2))])
-    assert effects == [s.RecordTerm(Term(2)), s.OpenGate(), s.Activate(Epoch(5))]
+    assert effects == [s.RecordTerm(Term(2)), s.HoldOutput(), s.Activate(Epoch(5))]
     assert (data.state, data.term) == (s.State.ACTIVATING, 2)
+
+
+def test_a_guest_that_runs_before_the_old_lease_is_over_is_not_heard() -> None:
+    data, effects = drive_standby(claiming(), [s.ClaimWon(Term(2)), s.Activated()])
+    assert (data.state, s.OpenGate(Epoch(5)) in effects) == (s.State.UNHEARD, False)
+    data, effects = drive_standby(data, [s.LeaseOver()])
+    assert (data.state, effects) == (s.State.ACTIVE, [s.OpenGate(Epoch(5))])
+
+
+def test_a_lease_that_is_over_before_the_guest_runs_opens_the_gate_once() -> None:
+    """While it is loaded; and where the arbiter was slow, before."""
+    data, effects = drive_standby(claiming(), [s.ClaimWon(Term(2)), s.LeaseOver(), s.Activated()])
+    assert (data.state, effects.count(s.OpenGate(Epoch(5)))) == (s.State.ACTIVE, 1)
+    data, effects = drive_standby(claiming(), [s.LeaseOver(), s.ClaimWon(Term(2)), s.Activated()])
+    takeover = [s.RecordTerm(Term(2)), s.OpenGate(Epoch(5)), s.Activate(Epoch(5))]
+    assert (data.state, effects) == (s.State.ACTIVE, takeover)
 
 
 def test_a_lost_claim_gives_up_the_checkpoint() -> None:
@@ -221,7 +237,7 @@ def test_what_was_acknowledged_is_applied_while_the_claim_is_open() -> None:
     data, effects = drive_standby(data, [s.ClaimWon(Term(2))])
     assert (data.state, effects) == (s.State.TAKING_OVER, [s.RecordTerm(Term(2))])
     data, effects = drive_standby(data, [s.CheckpointApplied(Epoch(6))])
-    assert effects == [s.OpenGate(), s.Activate(Epoch(6))]
+    assert effects == [s.HoldOutput(), s.Activate(Epoch(6))]
 
 
 def test_a_sessions_term_is_one_that_neither_side_has_claimed() -> None:
@@ -252,7 +268,7 @@ def test_what_was_agreed_on_is_held_only_when_the_primary_surely_knows() -> None
 
 def test_an_operator_ends_the_wait_for_the_arbiter() -> None:
     _, effects = drive_standby(claiming(), [s.Forced("I have pulled the plug of the other")])
-    takeover = [s.RecordTerm(Term(2)), s.OpenGate(), s.Activate(Epoch(5))]
+    takeover = [s.RecordTerm(Term(2)), s.OpenGate(Epoch(5)), s.Activate(Epoch(5))]
     assert effects == [s.DropClaim(), *takeover, s.NoteTerm(Term(2))]
 
 

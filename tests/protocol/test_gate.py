@@ -12,6 +12,8 @@ from kagemusha.model.ids import Epoch
 from kagemusha.protocol import gate
 from kagemusha.protocol.gate import (
     Demand,
+    Discard,
+    DiscardRequested,
     Drop,
     EpochCommitted,
     Forward,
@@ -23,6 +25,7 @@ from kagemusha.protocol.gate import (
     QueueOverflowed,
     Release,
     ReportDemand,
+    ReportLeft,
     ReportSealed,
     SealEpoch,
     State,
@@ -32,9 +35,9 @@ BOUND = 1000
 
 
 def run(*events: gate.Event, bound: int = BOUND) -> tuple[HoldBuffer, list[gate.Effect]]:
-    """All effects but the demands, which have tests of their own."""
+    """All effects but the demands and what has left, which have tests of their own."""
     data, effects = run_all(*events, bound=bound)
-    return data, [effect for effect in effects if not isinstance(effect, ReportDemand)]
+    return data, [effect for effect in effects if not isinstance(effect, ReportDemand | ReportLeft)]
 
 
 def run_all(*events: gate.Event, bound: int = BOUND) -> tuple[HoldBuffer, list[gate.Effect]]:
@@ -91,6 +94,28 @@ def test_commit_releases_exactly_the_epochs_up_to_it() -> None:
     assert (data.leaving, data.pending) == (3, 7)
 
 
+def left(*events: gate.Event) -> list[Epoch]:
+    return [effect.epoch for effect in run_all(*events)[1] if isinstance(effect, ReportLeft)]
+
+
+def test_what_has_left_is_told_when_the_last_frame_is_written() -> None:
+    sealed = (FramesArrived((10, 10)), SealEpoch(Epoch(1)), FramesArrived((10,)), SealEpoch(Epoch(2)))
+    committed = (*sealed, EpochCommitted(Epoch(1)))
+    assert left(*committed, FramesWritten(1, 0, 10)) == []
+    assert left(*committed, FramesWritten(2, 0, 20)) == [1]
+    assert left(*committed, FramesWritten(1, 1, 20)) == [1], "what the kernel refuses for good is gone, too"
+    assert left(*committed, EpochCommitted(Epoch(2)), FramesWritten(2, 0, 20), FramesWritten(1, 0, 10)) == [2]
+
+
+def test_an_epoch_without_output_has_left_with_its_commit() -> None:
+    assert left(SealEpoch(Epoch(1)), EpochCommitted(Epoch(1))) == [1]
+
+
+def test_what_passes_is_nobody_s_epoch() -> None:
+    committed = (FramesArrived((10,)), SealEpoch(Epoch(1)), EpochCommitted(Epoch(1)))
+    assert left(*committed, PassRequested(), FramesWritten(1, 0, 10)) == []
+
+
 def test_tail_drop_at_the_bound() -> None:
     data, effects = run(FramesArrived((600, 300)), FramesArrived((200, 100, 1)), SealEpoch(Epoch(1)))
     assert effects == [Drop((0, 2)), ReportSealed(Epoch(1), 3, 1000, 2)]
@@ -125,6 +150,23 @@ def test_hold_makes_what_was_sealed_wait_for_the_next_commit() -> None:
     with pytest.raises(ProtocolError):
         gate.advance(data, EpochCommitted(Epoch(4)))
     assert gate.advance(data, EpochCommitted(Epoch(5)))[1] == (Release(3),)
+
+
+def test_discarding_spares_what_was_released() -> None:
+    data, effects = run(
+        FramesArrived((1, 1)),
+        SealEpoch(Epoch(4)),
+        EpochCommitted(Epoch(4)),
+        FramesArrived((1,)),
+        SealEpoch(Epoch(5)),
+        FramesArrived((1, 1)),
+        DiscardRequested(),
+        SealEpoch(Epoch(1)),
+    )
+    assert effects[-2:] == [Discard(3), ReportSealed(Epoch(1), 0, 0, 0)]
+    assert (data.leaving, data.discarded, data.pending_size) == (2, 3, 2)
+    with pytest.raises(ProtocolError):
+        gate.advance(data, EpochCommitted(Epoch(5)))
 
 
 def test_hold_after_pass_still_lets_out_what_was_passed() -> None:
@@ -163,6 +205,8 @@ class AgainstAQueue(RuleBasedStateMachine):
         self.waiting: list[Epoch] = []
         self.told = Demand.NONE
         self.lost = False
+        self.departing: Epoch | None = None
+        self.left: list[Epoch] = []
 
     def take(self, event: gate.Event) -> tuple[gate.Effect, ...]:
         self.data, effects = gate.advance(self.data, event)
@@ -170,7 +214,9 @@ class AgainstAQueue(RuleBasedStateMachine):
             if isinstance(effect, ReportDemand):
                 assert effect.demand > self.told, "each is told once"
                 self.told = effect.demand
-        return tuple(effect for effect in effects if not isinstance(effect, ReportDemand))
+            elif isinstance(effect, ReportLeft):
+                self.left.append(effect.epoch)
+        return tuple(effect for effect in effects if not isinstance(effect, ReportDemand | ReportLeft))
 
     def allowed(self) -> int:
         return sum(may for _, _, may in self.queue)
@@ -213,6 +259,7 @@ class AgainstAQueue(RuleBasedStateMachine):
         assert self.allowed() == should
         assert all(of is None or of <= epoch for _, of, may in self.queue if may)
         self.waiting = [other for other in self.waiting if other > epoch]
+        self.departing = epoch
 
     @rule(count=st.integers(0, 5), refused=st.integers(0, 1))
     def write(self, count: int, refused: int) -> None:
@@ -230,6 +277,7 @@ class AgainstAQueue(RuleBasedStateMachine):
     @rule()
     def pass_all(self) -> None:
         self.allow(self.take(PassRequested()), Forward)
+        self.departing = None
         self.told, self.lost = Demand.NONE, False
         self.waiting = []
         assert self.allowed() == len(self.queue)
@@ -240,6 +288,15 @@ class AgainstAQueue(RuleBasedStateMachine):
         self.waiting = []
         self.queue = [(size, None, may) for size, _, may in self.queue]
 
+    @rule()
+    def discard(self) -> None:
+        kept = [entry for entry in self.queue if entry[2]]
+        lost = len(self.queue) - len(kept)
+        assert self.take(DiscardRequested()) == ((Discard(lost),) if lost else ())
+        self.told, self.lost = Demand.NONE, False
+        self.waiting = []
+        self.queue = kept
+
     @invariant()
     def accounts(self) -> None:
         data = self.data
@@ -247,6 +304,14 @@ class AgainstAQueue(RuleBasedStateMachine):
         assert data.pending == len(self.queue)
         assert data.leaving == self.allowed()
         assert data.pending_size == sum(size for size, _, _ in self.queue) <= data.bound
+
+    @invariant()
+    def what_has_left_is_told_once(self) -> None:
+        gone = self.departing if not self.allowed() else None
+        assert self.left == ([] if gone is None else [gone])
+        if gone is not None:
+            self.departing = None
+            self.left.clear()
 
     @invariant()
     def the_open_epoch_is_asked_for(self) -> None:

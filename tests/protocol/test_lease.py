@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kagemusha.model.lease import MARGIN_NS, LeasePromise
+from kagemusha.model.lease import MARGIN_NS, RETURN_BEHIND_A_FENCE_NS, RETURN_NS, UNHEARD_NS, LeasePromise
 from kagemusha.protocol.lease import Renewals
 
 PROMISES = st.builds(LeasePromise, st.integers(50, 60_000), st.integers(0, 100))
@@ -88,6 +89,28 @@ def test_the_wait_is_no_longer_than_it_must_be(promise: LeasePromise) -> None:
 
 def test_the_defaults() -> None:
     assert LeasePromise(300, 10).wait_ns == 311_060_607
+
+
+SECONDS = st.floats(0, 100)
+
+
+@given(PROMISES, SECONDS, SECONDS)
+def test_a_primary_whose_connection_broke_can_return_and_the_guest_is_not_unheard_for_too_long(
+    promise: LeasePromise, silent_s: float, broken_s: float
+) -> None:
+    there, here = (promise.after_break_s(silent_s, broken_s, fencing=fencing) for fencing in (True, False))
+    assert there <= here
+    assert there + broken_s == pytest.approx(RETURN_BEHIND_A_FENCE_NS / 1e9)
+    assert here + broken_s >= RETURN_NS / 1e9 - 1e-9
+    assert promise.wait_ns / 1e9 - (here + silent_s) <= UNHEARD_NS / 1e9 + 1e-9
+
+
+def test_a_broken_connection_with_the_defaults() -> None:
+    """The last heartbeat came up to 50 ms before the break."""
+    promise = LeasePromise(300, 10)
+    assert promise.after_break_s(0.0, 0.0, fencing=False) == pytest.approx(0.061, abs=0.001)
+    assert promise.after_break_s(0.05, 0.0, fencing=False) == pytest.approx(0.04)
+    assert promise.after_break_s(0.05, 0.0, fencing=True) == pytest.approx(0.01)
 
 
 def test_an_answer_gives_what_is_left_of_the_newest_it_covers() -> None:

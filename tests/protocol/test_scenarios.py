@@ -191,6 +191,14 @@ def test_our_own_failure_kills_only_what_somebody_can_take_over() -> None:
     assert effects == [p.ResumeGuest(), p.SendStandDown("bug"), p.DropSession(), p.PassOutput()]
 
 
+def test_what_nobody_can_be_told_is_not_handed_on() -> None:
+    """A standby that is dead, too, would never come, and a file that names it kept this host from booting the VM."""
+    data, effects = drive(protected(), [p.CheckpointDue(), p.GuestStopped(), p.CaptureFailed("bug", mute=True)])
+    assert data.state is p.State.GONE
+    assert effects[-2:] == [p.KillGuest(), p.CloseOutput(drain=False)]
+    assert not [effect for effect in effects if isinstance(effect, p.RecordTerm | p.SendHandOver)]
+
+
 def test_a_resume_that_fails_is_asked_for_again() -> None:
     data, _ = drive(synchronised(), capture(1)[:-1])
     data, effects = drive(data, [p.CaptureFailed("cont refused")])
@@ -286,8 +294,8 @@ def test_takeover_waits_for_what_was_acknowledged() -> None:
     assert data.state is s.State.TAKING_OVER
     assert effects[-2:] == [s.DropSession(), s.RecordTerm(Term(2))]
     data, effects = drive_standby(data, [s.CheckpointApplied(Epoch(6))])
-    assert effects == [s.OpenGate(), s.Activate(Epoch(6))]
-    data, _ = drive_standby(data, [s.Activated()])
+    assert effects == [s.HoldOutput(), s.Activate(Epoch(6))]
+    data, _ = drive_standby(data, [s.Activated(), s.LeaseOver()])
     assert (data.state, data.term) == (s.State.ACTIVE, 2)
 
 
@@ -371,7 +379,7 @@ def test_a_returning_primary_starts_anew_on_clean_memory() -> None:
 
 def test_a_hand_over_takes_over_at_once() -> None:
     _, effects = drive_standby(protecting(), [s.GuestDied("QEMU has died")])
-    takeover = [s.RecordTerm(Term(2)), s.OpenGate(), s.Activate(Epoch(5)), s.NoteTerm(Term(2))]
+    takeover = [s.RecordTerm(Term(2)), s.OpenGate(Epoch(5)), s.Activate(Epoch(5)), s.NoteTerm(Term(2))]
     assert effects == [s.DropSession(), *takeover]
 
 
@@ -383,7 +391,9 @@ def test_a_standby_that_is_stopped_promises_first() -> None:
 
 
 def test_a_stop_of_the_active_side_stops_its_guest() -> None:
-    data, _ = drive_standby(protecting(), [s.HeartbeatLost("silent"), s.StopRequested("too early"), s.Activated()])
+    data, _ = drive_standby(
+        protecting(), [s.HeartbeatLost("silent"), s.LeaseOver(), s.StopRequested("too early"), s.Activated()]
+    )
     data, effects = drive_standby(data, [s.StopRequested("SIGTERM")])
     assert (data.state, effects) == (s.State.STOOD_DOWN, [s.StopGuest()])
 

@@ -1,4 +1,4 @@
-"""The simulation itself: it covers both tables, notices every guard that is taken away, and replays what it prints."""
+"""The simulation itself: it covers the tables, notices every guard that is taken away, and replays what it prints."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from pathlib import Path
 import pytest
 from tests.protocol.simulated import outcome_of, world_of
 
-from kagemusha.protocol.simulate.__main__ import kind, run, search
+from kagemusha.protocol.simulate.__main__ import ALL_WEAKNESSES, kind, run, search
 from kagemusha.protocol.simulate.judge import Violation
 from kagemusha.protocol.simulate.report import Totals
-from kagemusha.protocol.simulate.scenario import Scenario, draw, shrink
-from kagemusha.protocol.simulate.weaken import SOUND, WEAKNESSES
+from kagemusha.protocol.simulate.scenario import FORMS, Form, Scenario, draw, shrink
+from kagemusha.protocol.simulate.weaken import SOUND
 
-STEPS = 2_000_000
+STEPS = {"host": 1_500_000, "switch": 750_000}
 SOON = 100_000
-
-SEEDS = {
-    "ack-before-complete": (1, 2, 3),
-    "release-at-seal": (1, 2, 3),
-    "takeover-without-waiting": (1, 2, 3),
-    "ignore-term": (1, 2, 3),
-    "renew-at-receipt": (1, 3, 4),
-    "obey-old-claims": (1, 2, 3),
-    "accept-while-claiming": (1, 3, 4),
-    "wall-clock-lease": (1, 3, 4),
+SEEDS = (1, 2, 3)
+LATER = {
+    "accept-while-claiming": 1_000_000,
+    "obey-old-claims": 300_000,
+    "wall-clock-lease": 300_000,
+    "send-uncommitted": 300_000,
 }
 NEVER_TAKEN = {
     # The agent leaves the machine when the guest runs here: it is a primary's from then on.
@@ -44,44 +40,89 @@ NEVER_TAKEN = {
     # A hand-over is sent only after a checkpoint; what was being applied is waited for before a session is accepted.
     *(f"standby SYNCING {event}" for event in ("GuestDied", "CheckpointApplied")),
 }
-"""Rows that the simulated agents do not come to; they are there so that no order of events is an error."""
+"""Rows that the agents do not come to; they are there so that no order of events is an error."""
+AHEAD = {"standby CLAIMING Activated"}
+"""Only a switch fences."""
 SELDOM = {
     # Within a millisecond, or an operator's word in the middle of a fault: only a long run takes all of them.
-    *(f"primary ALONE {event}" for event in ("GuestStopped", "OutputSealed", "PagesCopied", "DevicesSaved")),
+    *(
+        f"primary ALONE {event}"
+        for event in ("GuestStopped", "OutputSealed", "PagesCopied", "DevicesSaved", "GuestResumed")
+    ),
     *(f"primary ALONE {event}" for event in ("StopRefused", "StandbyLeft", "StandDownConfirmed")),
-    *(f"primary HANDING_OVER {event}" for event in ("ClaimLost", "ClaimWon", "CaptureFailed")),
-    *(f"primary STANDING_DOWN {event}" for event in ("ClaimLost", "ClaimWon", "CaptureFailed")),
+    *(
+        f"primary HANDING_OVER {event}"
+        for event in ("ClaimLost", "ClaimWon", "CaptureFailed", "GuestExited", "EndRequested")
+    ),
+    *(f"primary STANDING_DOWN {event}" for event in ("ClaimLost", "ClaimWon", "CaptureFailed", "EndRequested")),
     "primary SYNCING CaptureFailed",
-    "primary HOLDING StandDownConfirmed",
-    *(f"standby {state} LinkLost" for state in ("CLAIMING", "TAKING_OVER", "ACTIVATING")),
-    *(f"standby {state} ClaimLost" for state in ("TAKING_OVER", "ACTIVATING")),
-    *(f"standby {state} Failed" for state in ("CLAIMING", "TAKING_OVER", "ACTIVATING")),
+    # A claim that was given up for a session, and that a predecessor of the standby had won before it died.
+    *(f"primary {state} ClaimLost" for state in ("ALONE", "SYNCING", "RUNNING", "STOPPING", "CAPTURING", "RESUMING")),
+    *(f"primary HOLDING {event}" for event in ("StandDownConfirmed", "StandbyLeft", "GuestExited")),
+    *(f"standby {state} LinkLost" for state in ("CLAIMING", "TAKING_OVER", "ACTIVATING", "UNHEARD")),
+    *(f"standby {state} ClaimLost" for state in ("TAKING_OVER", "ACTIVATING", "UNHEARD")),
+    *(f"standby {state} Failed" for state in ("CLAIMING", "TAKING_OVER", "ACTIVATING", "UNHEARD")),
+    *(f"standby {state} LeaseOver" for state in ("TAKING_OVER", "ACTIVATING")),
     *(f"standby TAKING_OVER {event}" for event in ("PrimaryConnected", "StopRequested")),
 }
 
 
+AT_THE_SWITCH = (
+    *(f"switch {state}" for state in ("HOLDING", "CUT", "PASSING", "UNOWNED", "UNREGISTERED")),
+    *(f"host {state}" for state in ("CUT", "REGISTERING", "REGISTERED", "SEALING", "SUPERSEDED")),
+)
+LATE_WORDS = {
+    # What belongs to a session that is over, and is heard in a state in which that is seldom.
+    *(f"switch {state} {event}" for state in ("CUT", "UNREGISTERED") for event in ("ModeAsked", "SealAsked")),
+    *(f"switch {state} UnregisterAsked" for state in ("HOLDING", "CUT", "UNOWNED", "UNREGISTERED")),
+    *(f"switch {state} ConnectionLost" for state in ("CUT", "UNOWNED", "UNREGISTERED")),
+    *(
+        f"switch {event}"
+        for event in ("UNOWNED ModeAsked", "UNOWNED SealAsked", "PASSING SealReported", "UNREGISTERED CommitTold")
+    ),
+    *(f"host {state} {event}" for state in ("CUT", "REGISTERING") for event in ("ModeTold", "SealedTold")),
+    *(f"host {state} RegisteredTold" for state in ("CUT", "REGISTERED", "SEALING", "SUPERSEDED")),
+    *(f"host {event}" for event in ("REGISTERED SealedTold", "SEALING ModeTold", "CUT SupersededTold")),
+    *(f"host SUPERSEDED {event}" for event in ("ConnectionLost", "ModeTold", "ModeWanted", "SealWanted")),
+    *(f"host SUPERSEDED {event}" for event in ("SealedTold", "SupersededTold", "TermChanged", "CommitLearned")),
+    "switch UNOWNED GateLost",
+    "host SEALING ModeWanted",  # a capture that fails, and a switch that is slow to seal
+}
+
+
 def test_nothing_is_broken_and_all_that_matters_is_taken() -> None:
-    totals = Totals()
-    found = search(STEPS, 1, SOUND, totals, progress=False)
-    assert found is None, f"{found[1]}\npython -m kagemusha.protocol.simulate --replay '{found[0]}'"
-    assert set(totals.untaken) - NEVER_TAKEN - SELDOM == set()
+    totals = nothing_is_broken("host")
+    assert set(totals.untaken) - NEVER_TAKEN - SELDOM == AHEAD
     assert totals.takeovers > 100
 
 
-@pytest.mark.parametrize(("guard", "seed"), [(guard, seed) for guard in sorted(SEEDS) for seed in SEEDS[guard]])
+def test_nothing_is_broken_behind_a_switch() -> None:
+    totals = nothing_is_broken("switch")
+    assert {row for row in totals.untaken if row.startswith(AT_THE_SWITCH)} - LATE_WORDS == set()
+    assert not AHEAD & set(totals.untaken)
+    assert totals.takeovers > 100
+
+
+def nothing_is_broken(form: Form) -> Totals:
+    totals = Totals(form)
+    found = search(STEPS[form], 1, SOUND, totals, progress=False)
+    assert found is None, f"{found[1]}\npython -m kagemusha.protocol.simulate --replay '{found[0]}'"
+    return totals
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("guard", sorted(ALL_WEAKNESSES))
 def test_a_guard_that_is_taken_away_is_missed(guard: str, seed: int) -> None:
-    found = search(SOON, seed, WEAKNESSES[guard], Totals(), progress=False)
+    weakness = ALL_WEAKNESSES[guard]
+    found = search(LATER.get(guard, SOON), seed, weakness, Totals(weakness.form), progress=False)
     assert found is not None, "nobody noticed"
     scenario, _ = found
     outcome_of(scenario)  # with the guard in its place nothing is broken
 
 
-def test_every_guard_has_seeds() -> None:
-    assert set(SEEDS) == set(WEAKNESSES)
-
-
-def test_a_scenario_is_a_line_that_replays_exactly() -> None:
-    scenario = draw(random.Random(5))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_scenario_is_a_line_that_replays_exactly(form: Form) -> None:
+    scenario = draw(random.Random(5), form)
     assert Scenario.parse(str(scenario)) == scenario
     traces: list[list[str]] = [[], []]
     for trace in traces:
@@ -93,7 +134,7 @@ def test_a_scenario_is_a_line_that_replays_exactly() -> None:
 
 
 def test_a_failure_shrinks_to_what_it_needs() -> None:
-    weakness = WEAKNESSES["takeover-without-waiting"]
+    weakness = ALL_WEAKNESSES["takeover-without-waiting"]
     found = search(SOON, 1, weakness, Totals(), progress=False)
     assert found is not None
     smallest = shrink(found[0], lambda one: kind(run(one, weakness, Totals())) == kind(found[1]))

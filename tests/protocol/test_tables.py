@@ -208,10 +208,17 @@ def test_epochs_only_grow_and_at_most_two_are_in_flight() -> None:
 def test_the_standby_activates_what_it_acknowledged_and_applied() -> None:
     for data, event, after, effects in steps("standby"):
         if has(effects, s.Activate):
-            opens = kinds(effects).index(s.OpenGate)
-            assert effects[opens : opens + 2] == (s.OpenGate(), s.Activate(after.committed))
+            waits = after.fencing or not after.silenced
+            gate = s.HoldOutput() if waits else s.OpenGate(after.committed)
+            opens = effects.index(gate)
+            assert effects[opens : opens + 2] == (gate, s.Activate(after.committed))
             assert after.applied == after.committed > NO_EPOCH
-            if data.state is not s.State.TAKING_OVER:
+            if after.state is s.State.CLAIMING:
+                assert after.fencing
+                assert after.ahead is s.Ahead.LOADING
+                assert data.ahead is s.Ahead.NO
+                assert not has(effects, s.OpenGate)
+            elif data.state is not s.State.TAKING_OVER:
                 assert effects[opens - 1] == s.RecordTerm(after.term)
         assert after.applied <= after.committed
         holds = (s.State.PROTECTING, s.State.CLAIMING, *s.DECIDED)
@@ -219,6 +226,42 @@ def test_the_standby_activates_what_it_acknowledged_and_applied() -> None:
         if data.state in s.DECIDED:
             assert after.state in (*s.DECIDED, *s.TERMINAL), (data, event)
             assert not has(effects, s.Acknowledge, s.AcceptSession, s.ApplyCheckpoint)
+
+
+def test_a_guest_that_came_ahead_of_its_claim_is_heard_with_the_term_or_ended() -> None:
+    for data, event, after, effects in steps("standby"):
+        if data.ahead is s.Ahead.NO or data.state is not s.State.CLAIMING:
+            continue
+        assert not has(effects, s.HoldOutput, s.Activate)
+        if after.state in s.DECIDED:
+            assert effects[-2:] == (s.RecordTerm(after.term), s.OpenGate(after.committed)) or (
+                isinstance(event, s.Forced) and effects[1:3] == (s.RecordTerm(after.term), s.OpenGate(after.committed))
+            )
+            assert (after.state is s.State.ACTIVE) == (data.ahead is s.Ahead.ALIVE)
+        elif isinstance(event, s.ClaimLost) and event.term == data.tried:
+            assert (after.state, effects) == (s.State.SPENT, (s.RecordTerm(event.term), s.StopGuest()))
+        else:
+            assert not has(effects, s.OpenGate, s.RecordTerm)
+            assert after.state in (s.State.CLAIMING, s.State.FAILED)
+
+
+def silences(data: s.Data, event: s.Event) -> bool:
+    """Whether nothing of the former primary gets through after this."""
+    fenced = data.fencing and isinstance(event, s.ClaimWon)
+    return fenced or isinstance(event, s.LeaseOver | s.GuestDied | s.Forced)
+
+
+def test_nobody_is_heard_before_the_primary_is_silent_for_certain() -> None:
+    for data, event, after, effects in steps("standby"):
+        if has(effects, s.OpenGate):
+            assert after.silenced
+            assert data.silenced or silences(data, event)
+        if after.state is s.State.ACTIVE:
+            assert after.silenced
+        if after.silenced and not data.silenced:
+            assert silences(data, event)
+        if after.state in s.BEFORE:
+            assert not after.silenced, "the next primary has a lease of its own"
 
 
 def test_with_an_arbiter_only_a_claim_a_hand_over_or_an_operator_lets_a_standby_take_over() -> None:

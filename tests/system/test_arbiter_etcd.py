@@ -392,26 +392,30 @@ def test_a_token_is_renewed_when_it_lapses_or_users_change(tmp_path: Path) -> No
     identity = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.RSA)
     identity.private_key_pem.write_to_path(tmp_path / "token.key")
     identity.cert_chain_pems[0].write_to_path(tmp_path / "token.pem")
-    signed = f"jwt,pub-key={tmp_path}/token.pem,priv-key={tmp_path}/token.key,sign-method=RS256,ttl=1s"
+    signed = f"jwt,pub-key={tmp_path}/token.pem,priv-key={tmp_path}/token.key,sign-method=RS256,ttl=3s"
     url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     etcd = Etcd([Member("m0", tmp_path / "m0", url, peer, ("--auth-token", signed))])
     with closing(etcd):
         etcd.start()
         enable_users(etcd, KAGE)
-        root = etcd.post("auth/authenticate", {"name": "root", "password": "root-password"})["token"]
+
+        def token() -> str:
+            return str(etcd.post("auth/authenticate", {"name": "root", "password": "root-password"})["token"])
+
         with closing(opened(as_user(etcd, tmp_path, KAGE.name, KAGE.password))) as arbiter:
             assert arbiter.claim(VM, Term(1), "a/1").holder == "a/1"
-            etcd.post("auth/user/add", {"name": "new", "password": "new-password"}, root)
+            etcd.post("auth/user/add", {"name": "new", "password": "new-password"}, token())
             assert arbiter.claim(VM, Term(2), "a/1").holder == "a/1"
+            newer = token()
 
             def lapsed() -> bool:
                 try:
-                    etcd.post("auth/status", {}, root)
+                    etcd.post("auth/status", {}, newer)
                 except AssertionError:
                     return True
                 return False
 
-            wait(lapsed, "a token that is older than the arbiter's has lapsed")
+            wait(lapsed, "a token that is newer than the arbiter's has lapsed")
             assert arbiter.claim(VM, Term(3), "a/1").holder == "a/1"
 
 

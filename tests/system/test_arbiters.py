@@ -14,10 +14,11 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from tests.harness.claims import VM, etcd_table, next_answer, opened
+from tests.harness.claims import VM, SwitchClaims, etcd_table, next_answer, opened
 from tests.harness.commands import wait
 from tests.harness.conditions import PATIENCE_S
 from tests.harness.etcd import Etcd, User, enable_users, make_etcd
+from tests.harness.switch_side import running_switch
 
 from kagemusha.demo.processes import descendants
 from kagemusha.errors import ConfigError, TransientError
@@ -40,9 +41,14 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
         yield etcd
 
 
-@pytest.fixture(params=["file", "etcd"])
-def any_table(request: pytest.FixtureRequest, tmp_path: Path, single: Etcd) -> ArbiterTable:
-    return etcd_table(single) if request.param == "etcd" else file_table(tmp_path / "arbiter")
+@pytest.fixture(params=["file", "etcd", "switch"])
+def any_table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArbiterTable | SwitchClaims]:
+    if request.param == "switch":
+        with running_switch(tmp_path / "switch") as switch:
+            yield SwitchClaims(switch.address)
+    else:
+        etcd = request.param == "etcd"
+        yield etcd_table(request.getfixturevalue("single")) if etcd else file_table(tmp_path / "arbiter")
 
 
 def file_table(folder: Path) -> ArbiterTable:
@@ -52,7 +58,7 @@ def file_table(folder: Path) -> ArbiterTable:
 # --- every arbiter ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_claim_wins_and_is_told_so_again(any_table: ArbiterTable) -> None:
+def test_the_first_claim_wins_and_is_told_so_again(any_table: ArbiterTable | SwitchClaims) -> None:
     vm = f"first-{any_table.kind}"
     with closing(opened(any_table)) as arbiter:
         assert arbiter.newest(vm) is None
@@ -64,7 +70,7 @@ def test_the_first_claim_wins_and_is_told_so_again(any_table: ArbiterTable) -> N
         assert arbiter.newest(vm) == Claimed(Term(10), "b/1")
 
 
-def test_terms_of_vms_with_similar_names_are_apart(any_table: ArbiterTable) -> None:
+def test_terms_of_vms_with_similar_names_are_apart(any_table: ArbiterTable | SwitchClaims) -> None:
     names = ("web", "we", "web-1", "web.term-0000000001", "web.term", "web0")
     with closing(opened(any_table)) as arbiter:
         for term, name in enumerate(names, 1):
@@ -73,7 +79,7 @@ def test_terms_of_vms_with_similar_names_are_apart(any_table: ArbiterTable) -> N
         assert [arbiter.newest(name) for name in names] == [Claimed(Term(i), "a/1") for i in range(1, len(names) + 1)]
 
 
-def test_a_name_that_cannot_be_stored_is_refused(any_table: ArbiterTable) -> None:
+def test_a_name_that_cannot_be_stored_is_refused(any_table: ArbiterTable | SwitchClaims) -> None:
     vm = f"names-{any_table.kind}"
     with closing(opened(any_table)) as arbiter:
         for name in ("", "two words", "two\nlines", "ä", "x" * 201):
@@ -84,7 +90,10 @@ def test_a_name_that_cannot_be_stored_is_refused(any_table: ArbiterTable) -> Non
 
 
 def race(
-    of: ArbiterTable, name: str, together: Barrier, results: multiprocessing.SimpleQueue[tuple[int, str, str]]
+    of: ArbiterTable | SwitchClaims,
+    name: str,
+    together: Barrier,
+    results: multiprocessing.SimpleQueue[tuple[int, str, str]],
 ) -> None:
     arbiter = opened(of)
     for term in range(1, ROUNDS + 1):
@@ -93,7 +102,7 @@ def race(
     arbiter.close()
 
 
-def test_of_many_processes_one_wins_each_term(any_table: ArbiterTable) -> None:
+def test_of_many_processes_one_wins_each_term(any_table: ArbiterTable | SwitchClaims) -> None:
     spawn = multiprocessing.get_context("spawn")
     results, together = spawn.SimpleQueue(), spawn.Barrier(CLAIMANTS)
     names = [f"n{index}/1" for index in range(CLAIMANTS)]
@@ -107,6 +116,40 @@ def test_of_many_processes_one_wins_each_term(any_table: ArbiterTable) -> None:
         holders = {holder for number, _, holder in told if number == term}
         assert len(holders) == 1, f"term {term}"
     assert len({holder for _, _, holder in told}) > 1, "all claimed one after the other: this was no race"
+
+
+# --- the switch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_switch_gives_no_term_twice(tmp_path: Path) -> None:
+    """The arbiter's connection is dead then, and is made again with the next question."""
+    with running_switch(tmp_path) as switch, closing(opened(SwitchClaims(switch.address))) as arbiter:
+        assert arbiter.claim(VM, Term(3), "a/1").holder == "a/1"
+        switch.stop()
+        with pytest.raises(TransientError):
+            arbiter.claim(VM, Term(4), "a/1")
+        switch.start()
+        assert arbiter.newest(VM) == Claimed(Term(3), "a/1")
+        assert arbiter.claim(VM, Term(3), "b/1").holder == "a/1"
+        assert arbiter.claim(VM, Term(4), "b/1").holder == "b/1"
+
+
+def test_a_term_that_nobody_can_have_is_refused_by_the_switch(tmp_path: Path) -> None:
+    with running_switch(tmp_path) as switch, closing(opened(SwitchClaims(switch.address))) as arbiter:
+        with pytest.raises(ConfigError, match="too far from term 0"):
+            arbiter.claim(VM, Term(1 << 31), "a/1")
+        assert arbiter.newest(VM) is None
+        assert switch.refused("forged") == 1
+
+
+def test_a_claimant_asks_a_switch_until_it_is_there(tmp_path: Path) -> None:
+    with running_switch(tmp_path) as switch:
+        switch.stop()
+        with closing(Claimant(partial(opened, SwitchClaims(switch.address)), VM, "a/1")) as claimant:
+            claimant.claim(Term(2))
+            next_answer(claimant, Unanswered)
+            switch.start()
+            assert next_answer(claimant, Won) == Won(Term(2))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import trustme
 from tests.harness.commands import Command, Part, wait
 from tests.harness.site import STANDBY_HOST, Site, Writer, site, toml
 
+from kagemusha.demo.processes import Process
 from kagemusha.demo.sides import SERIAL_FILE
 from kagemusha.demo.topology import BRIDGE, inside
 from kagemusha.guest.accel import READY_LINE
@@ -248,6 +250,15 @@ def test_a_client_without_a_certificate(vm: Running) -> None:
     assert standby.end() == 0
 
 
+def hurries(command: Command, part: Part) -> bool:
+    """Whether it runs in real time."""
+    return os.sched_getscheduler(command.part(part).pid) == os.SCHED_RR
+
+
+def threads(process: int) -> list[int]:
+    return [int(name) for name in os.listdir(f"/proc/{process}/task")]
+
+
 def test_protection_begins_and_ends_around_a_running_guest(vm: Running) -> None:
     primary, standby = vm.primary(), vm.standby()
     primary.wait_state("PROTECTED")
@@ -255,22 +266,66 @@ def test_protection_begins_and_ends_around_a_running_guest(vm: Running) -> None:
     committed = len(primary.of(EpochCommitted))
     vm.writer.wait_more()
     primary.wait(lambda: len(primary.of(EpochCommitted)) > committed + 10, "checkpoints flow")
+    assert [hurries(primary, part) for part in ("worker", "ship", "gate")] == [True] * 3
+    assert hurries(standby, "worker")
+    for qemu in (vm.qemu.pid, standby.part("qemu").pid):
+        assert {os.sched_getscheduler(thread) for thread in threads(qemu)} == {os.SCHED_OTHER}
     with standby.changes("WAITING"):
         assert primary.end() == 0
+    wait(lambda: not hurries(standby, "worker"), "the standby is an ordinary process again")
     vm.assert_left_alone()
     primary.wait_gone()
     assert standby.end() == 0
 
 
-@pytest.mark.parametrize("part", ["ship", "gate"])
-def test_a_worker_that_loses_a_process_before_anything_is_protected(vm: Running, part: Part) -> None:
+def test_a_worker_without_a_standby_is_ordinary_and_outlives_no_frozen_ship_process(vm: Running) -> None:
+    primary, standby = vm.primary(), vm.standby()
+    primary.wait_state("PROTECTED")
+    with primary.changes("DEGRADED"):
+        assert standby.end() == 0
+    wait(lambda: not hurries(primary, "worker") and not hurries(primary, "ship"), "both are ordinary")
+    assert hurries(primary, "gate")
+    primary.strike(signal.SIGSTOP, "ship")
+    assert primary.end() == 0
+    primary.wait_gone()
+    vm.assert_left_alone()
+
+
+def test_a_worker_that_loses_its_gate_before_anything_is_protected(vm: Running) -> None:
     primary = vm.primary()
-    primary.strike(signal.SIGKILL, part)
-    primary.wait_printed(f"the {part} process died")
+    primary.strike(signal.SIGKILL, "gate")
+    primary.wait_printed("the gate process died")
     assert primary.state == "DEGRADED"
     vm.writer.wait_more()
     assert primary.end() == 1
     vm.assert_left_alone()
+
+
+def another(primary: Command, before: int) -> bool:
+    """Whether a ship process is there that is not that one."""
+    return [before] != [entry.pid for entry in primary.left() if entry.name == "kage-ship"] != []
+
+
+def beyond_standard(process: Process) -> set[str]:
+    """What kinds of descriptors it has beside the standard ones."""
+    folder = Path(f"/proc/{process.pid}/fd")
+    return {os.readlink(folder / name).split(":")[0] for name in os.listdir(folder) if int(name) > 2}
+
+
+def test_a_worker_that_loses_its_ship_process_before_anything_is_protected_starts_another(vm: Running) -> None:
+    primary = vm.primary()
+    for _ in range(2):
+        before = primary.part("ship").pid
+        primary.strike(signal.SIGKILL, "ship")
+        primary.wait(partial(another, primary, before), "there is another ship process")
+    primary.wait_printed("the ship process died")
+    standby = vm.standby()
+    primary.wait_state("PROTECTED")
+    assert beyond_standard(primary.part("ship")) == {"socket"}, "it holds on to nothing that is the worker's"
+    vm.writer.wait_more()
+    assert primary.end() == 0
+    vm.assert_left_alone()
+    assert standby.end() == 0
 
 
 def pause_of(vm: Running, primary: Command) -> None:

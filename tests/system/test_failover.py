@@ -46,7 +46,7 @@ def assert_held(report: DemoReport) -> None:
 
 def test_the_command_shows_a_failover_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
-        [kage_program(), "demo", "--seconds", "6", "--json", "report.json", "--png", "timeline.png"],
+        [kage_program(), "demo", "--seconds", "4", "--json", "report.json", "--png", "timeline.png"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -64,7 +64,7 @@ def test_the_command_shows_a_failover_and_leaves_nothing_behind(tmp_path: Path) 
 @pytest.mark.parametrize(("kill", "pipeline"), [(KillKind.HOST, 8), (KillKind.QEMU, 1), (KillKind.WORKER, 1)], ids=str)
 def test_no_acknowledged_write_is_lost_and_no_connection_reset(kill: KillKind, pipeline: int) -> None:
     """And what was not killed goes by itself: a dead QEMU ends its worker, a dead worker its gate and QEMU."""
-    with loaded_run(DemoOptions(seconds=6, kill=kill, pipeline=pipeline)) as run:
+    with loaded_run(DemoOptions(seconds=4, kill=kill, pipeline=pipeline)) as run:
         run.await_moment()
         run.kill()
         run.await_takeover()
@@ -75,7 +75,7 @@ def test_no_acknowledged_write_is_lost_and_no_connection_reset(kill: KillKind, p
 
 def test_a_frozen_primary_is_fenced_when_it_wakes_up() -> None:
     """SIGSTOP of everything on A, takeover, SIGCONT: A ends itself, and no frame of it gets out any more."""
-    with loaded_run(DemoOptions(seconds=10)) as run:
+    with loaded_run(DemoOptions(seconds=8)) as run:
         primary = run.progress.workers["primary"]
         run.await_moment()
         frozen = primary.processes()

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from kagemusha.model.memory import PAGE_BYTES, MemoryImage, same_layout
 pytestmark = [
     pytest.mark.system,
     pytest.mark.root,
+    pytest.mark.xdist_group("guest_control"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: traces and reads other processes"),
 ]
 MEMFD = (
@@ -146,15 +147,54 @@ def test_a_save_that_fails_leaves_a_guest_that_can_go_on(vm: Vm) -> None:
         assert status(operator) == "running"
 
 
-def test_a_guest_that_somebody_else_resumes_in_our_pause(vm: Vm) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_guest_that_somebody_else_resumes_in_our_pause(vm: Vm, saved: bool) -> None:
     """What was captured meanwhile is not a checkpoint."""
+    with controlled(vm) as control, vm.connect(vm.operator) as operator:
+        for _ in range(20):
+            control.begin_stop_and_save()
+            assert control.wait_stopped()
+            if saved:
+                control.wait_saved()
+            operator.execute("cont")
+            if not saved:
+                control.wait_saved()
+            control.begin_resume()
+            with pytest.raises(GuestError, match="somebody else"):
+                control.wait_resumed()
+            assert status(operator) == "running"
+            assert runs(control)
+            pause(control)
+
+
+def test_a_guest_that_somebody_else_resumes_and_pauses_in_our_pause(vm: Vm) -> None:
     with controlled(vm) as control, vm.connect(vm.operator) as operator:
         control.begin_stop_and_save()
         assert control.wait_stopped()
+        control.wait_saved()
         operator.execute("cont")
+        operator.execute("stop")
+        control.begin_resume()
         with pytest.raises(GuestError, match="somebody else"):
-            resume(control)
-        assert status(operator) == "running"
+            control.wait_resumed()
+        assert not runs(control)
+        assert status(operator) == "paused"
+
+
+def test_a_pause_that_comes_to_nothing_keeps_nobody_from_running(vm: Vm) -> None:
+    """But for a guest that somebody else has let run and paused since: it is theirs."""
+    with controlled(vm) as control, vm.connect(vm.operator) as operator:
+        for commands, then in (((), "running"), (("cont",), "running"), (("cont", "stop"), "paused")):
+            operator.execute("cont")
+            wait_until(lambda: runs(control), "the guest is known to run")
+            control.begin_stop_and_save()
+            assert control.wait_stopped()
+            assert control.stood()
+            for command in commands:
+                operator.execute(command)
+            assert control.stood() == (commands == ())
+            control.let_run()
+            assert status(operator) == then
 
 
 def test_qemu_dies_in_a_pause(vm: Vm) -> None:
@@ -170,6 +210,19 @@ def test_qemu_dies_in_a_pause(vm: Vm) -> None:
             dirty.read(pages, np.empty(page_count(pages) * PAGE_BYTES, np.uint8))
         with pytest.raises(GuestGoneError):
             resume(control)
+
+
+def test_the_last_words_of_a_qemu_are_heard_when_its_end_was_noticed_before(vm: Vm) -> None:
+    with controlled(vm) as control, vm.connect(vm.operator) as operator:
+        with suppress(GuestGoneError):  # it may be gone before it has answered
+            operator.execute("quit")
+        vm.process.wait()
+        with pytest.raises(GuestGoneError):
+            control.begin_resume()
+        with pytest.raises(GuestGoneError):
+            control.pump()
+        assert control.shutdown is not None
+        assert control.shutdown.data["reason"] == "host-qmp-quit"
 
 
 # --- workers that die -------------------------------------------------------------------------------------------

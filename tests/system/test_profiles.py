@@ -269,8 +269,12 @@ def values(hosts: Site, keys: Iterable[int]) -> dict[int, bool]:
 
 
 def test_permissive_can_lose_acknowledged_writes() -> None:
-    """Epochs are long, and host A dies right after a commit and some more answers: the guest forgets just these."""
-    with observed("permissive", {"primary.epoch_ms": 3000}) as guest:
+    """Epochs are long, and host A dies right after a commit and some more answers: the guest forgets just these.
+
+    Not even a replay of the requests helps it then, or only by chance: where the guest has answered the first again
+    before the second arrives, which acknowledges that answer.
+    """
+    with observed("permissive", {"primary.epoch_ms": 3000, "primary.inbound_replay": False}) as guest:
         start_streams(guest.hosts, INTERVAL_US, *STREAMS)
         guest.protect()
         writer = guest.hosts.writer()
@@ -292,4 +296,4 @@ def test_permissive_can_lose_acknowledged_writes() -> None:
         assert committed
         assert len(since) >= 20
         assert all(kept[key] for key in committed)
-        assert not any(kept[key] for key in since)
+        assert [key for key in sorted(since) if kept[key]] == []

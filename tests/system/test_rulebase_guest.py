@@ -16,7 +16,7 @@ from tests.harness.vm import Hardware, Vm, started
 import kagemusha
 from kagemusha.guest_tools.kage_rules import PORT_NAME
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("rulebase_guest")]
 PROGRAM = Path(kagemusha.__file__).parent / "demo" / "guest" / "kage-rules"
 
 

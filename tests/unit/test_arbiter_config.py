@@ -13,6 +13,7 @@ from kagemusha.errors import ConfigError
 from kagemusha.failover.arbiters import make_arbiter
 from kagemusha.failover.etcd_arbiter import EtcdArbiter
 from kagemusha.failover.file_arbiter import FileArbiter
+from kagemusha.failover.switch_arbiter import SwitchArbiter
 from kagemusha.model.config import ArbiterTable, Config, load
 
 BASE = """
@@ -40,6 +41,11 @@ def test_each_kind_is_made(tmp_path: Path) -> None:
     of_file = read(tmp_path, f'kind = "file"\ndirectory = "{tmp_path}/terms"').arbiter
     assert isinstance(make_arbiter(of_file), FileArbiter)
     assert (tmp_path / "terms").is_dir()
+    of_switch = read(tmp_path, 'kind = "switch"\n[switch]\naddress = "192.0.2.3:7200"')
+    assert of_switch.switch is not None
+    assert (of_switch.switch.port, of_switch.switch.seal_ms) == (None, 50)
+    made = make_arbiter(of_switch.arbiter, switch=of_switch.switch, tls=of_switch.tls, node="a")
+    assert isinstance(made, SwitchArbiter)
     of_etcd = read(tmp_path, 'kind = "etcd"\nendpoints = ["http://192.0.2.1:2379/", "http://[::1]:2379"]').arbiter
     assert of_etcd.endpoints == ("http://192.0.2.1:2379", "http://[::1]:2379")
     assert isinstance(make_arbiter(of_etcd), EtcdArbiter)
@@ -51,6 +57,8 @@ def test_each_kind_is_made(tmp_path: Path) -> None:
         ('kind = "zookeeper"', "arbiter.kind"),
         ('kind = "file"', "'directory' is missing"),
         ('kind = "etcd"', "'endpoints' is missing"),
+        ('kind = "switch"', "[switch] is missing: arbiter.kind = 'switch'"),
+        ('kind = "switch"\ndirectory = "/d"\n[switch]\naddress = "a:1"', "'directory' is not for kind = 'switch'"),
         ('kind = "etcd"\nendpoints = []', "'endpoints' is missing"),
         ('kind = "file"\ndirectory = "/d"\nendpoints = ["http://a:1"]', "'endpoints' is not for kind = 'file'"),
         ('directory = "/d"', "'directory' is not for kind = 'none'"),

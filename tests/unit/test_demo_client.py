@@ -62,6 +62,7 @@ def options(port: int, tmp_path: Path, *, seconds: float, pipeline: int = 1) -> 
         value_bytes=8,
         seconds=seconds,
         pipeline=pipeline,
+        pace_ms=0.0,
     )
 
 

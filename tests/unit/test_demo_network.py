@@ -13,6 +13,7 @@ import pytest
 from kagemusha.demo.processes import marked
 from kagemusha.demo.rundir import MARK, RunDirectory, sweep
 from kagemusha.demo.topology import Topology, inside, namespaces_with
+from kagemusha.errors import TransientError
 
 pytestmark = [
     pytest.mark.root,
@@ -94,6 +95,22 @@ def test_kept_files_stay_and_are_never_swept() -> None:
     assert (directory.path / "worker.log").read_text() == "why"
     (directory.path / "worker.log").unlink()
     directory.path.rmdir()
+
+
+def test_what_goes_wrong_has_the_ends_of_all_logs() -> None:
+    with RunDirectory(keep=False) as directory:
+        (directory.path / "switch").mkdir()
+        (directory.path / "log").mkdir()
+        (directory.path / "switch" / "log").write_text("the switch's words\n")
+        (directory.path / "worker.log").write_text("".join(f"line {number}\n" for number in range(100)))
+        (directory.path / "empty.log").touch()
+        with pytest.raises(TransientError) as caught, directory.logs_in_errors():
+            raise TransientError("it did not work", operation="try")
+        (note,) = caught.value.__notes__
+    assert "--- switch/log\nthe switch's words" in note
+    assert note.endswith("line 99")
+    assert "line 50\n" not in note
+    assert "empty" not in note
 
 
 def test_the_next_run_sweeps_after_one_that_was_killed_and_leaves_the_living_alone() -> None:

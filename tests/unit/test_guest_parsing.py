@@ -117,6 +117,12 @@ HELLO = json.dumps(GREETING).encode() + b'\n{"return": {}, "id": 1}\n'
 EVENT = {"event": "STOP", "timestamp": {"seconds": 5, "microseconds": 7}, "data": {}}
 
 
+@pytest.fixture(autouse=True)
+def numbers_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session counts its commands from a random number; these monitors were written down before."""
+    monkeypatch.setattr("kagemusha.guest.qmp.secrets.randbits", lambda bits: 0)
+
+
 @contextmanager
 def monitor(*sent: bytes, keep_open: bool = False) -> Iterator[socket.socket]:
     """Our end of a connection whose other end says this and hangs up, unless it is kept open."""
@@ -166,6 +172,20 @@ def test_answers_are_found_in_any_order_and_in_single_bytes() -> None:
     with monitor(*(bytes([byte]) for byte in HELLO + later)) as connection, QmpSession(connection) as session:
         first, second = session.send_many([("a", None), ("b", {"c": 1})])
         assert (session.wait(first), session.wait(second)) == ("a", "b")
+
+
+def test_what_was_for_the_client_before_is_no_answer() -> None:
+    """QEMU hands an answer that its reader died waiting for to the next one, before its greeting or after."""
+    theirs = lines({"return": {}, "id": 11}, {"error": {"desc": "of theirs"}, "id": 12}, EVENT)
+    later = theirs + lines({"return": "ours", "id": 2})
+    with monitor(theirs, HELLO, later) as connection, QmpSession(connection) as session:
+        assert session.execute("query-status") == "ours"
+
+
+def test_two_sessions_do_not_number_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with monitor(HELLO, keep_open=True) as connection, pytest.raises(GuestError, match="in time"):
+        QmpSession(connection, timeout_s=0.05)
 
 
 def test_an_error_of_a_command_is_told() -> None:

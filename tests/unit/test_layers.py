@@ -15,7 +15,7 @@ ROOT = Path(kagemusha.__file__).parent
 BASE = {"errors", "model"}
 STAGE = {*BASE, "protocol", "wire", "kernel"}
 NETWORK_STAGE = {*STAGE, "transport"}
-AGENT = {*NETWORK_STAGE, "failover", "guest", "capture", "ship", "commit", "gate", "inbound"}
+AGENT = {*NETWORK_STAGE, "failover", "guest", "capture", "ship", "commit", "gate", "inbound", "switching"}
 TOP = {*AGENT, "agents", "observe"}
 
 # What each package may import besides itself. A new package has to be entered here.
@@ -31,13 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "ship": NETWORK_STAGE,
     "commit": NETWORK_STAGE,
     "gate": STAGE,
-    "failover": STAGE,
+    "failover": NETWORK_STAGE,
     "inbound": NETWORK_STAGE,
+    "switching": NETWORK_STAGE,
     "agents": AGENT,
     "demo": {*TOP, "cli"},
-    "bench": {*TOP, "cli", "demo"},
+    "bench": {*TOP, "cli", "demo", "chaos"},
     "chaos": {*TOP, "demo"},
-    "cli": {*TOP, "demo", "bench", "chaos"},
+    "switch_demo": {*TOP, "demo", "bench", "chaos"},
+    "cli": {*TOP, "demo", "bench", "chaos", "switch_demo"},
     "guest_tools": set(),  # copied into guests: the standard library alone
 }
 PURE = ("protocol", "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from itertools import permutations
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_beyond_the_budget_nothing_is_claimed() -> None:
     history = [op(W, 0, 100, argument=str(number)) for number in range(12)] + [op(R, 200, 201, "x")]
     verdict = check(history, budget=50)
     assert (verdict.linearizable, verdict.violated, verdict.undecided) == (False, None, ("k",))
+
+
+def test_a_long_wrong_history_is_decided_in_little_memory() -> None:
+    """Three operations in doubt make eight times the states; each has to be small."""
+    history = [op(W, 10 * number, 10 * number + 15, argument=str(number)) for number in range(800)]
+    history += [op(W, 5 + number, None, argument=f"doubt {number}") for number in range(3)]
+    tracemalloc.start()
+    try:
+        assert check([*history, op(R, 9000, 9001, "z")]).violated == "k"
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 40_000_000
 
 
 def explained(history: list[Operation]) -> bool:

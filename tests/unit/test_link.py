@@ -153,6 +153,7 @@ def test_an_end_inside_a_frame_is_truncation(sent_bytes: int) -> None:
     client.close()
     with pytest.raises(WireError, match="truncated"):
         until_error(link)
+    assert link.ended, "whatever it cut off: a peer that died looks like this"
     link.close()
 
 
@@ -163,6 +164,7 @@ def test_an_end_between_frames_is_the_peers_farewell(ends: Ends) -> None:
     with pytest.raises(PeerError, match="closed the connection") as caught:
         until_error(ends.standby)
     assert not isinstance(caught.value, WireError)
+    assert ends.standby.ended
 
 
 def test_a_reset_may_go_away_by_itself() -> None:
@@ -171,6 +173,7 @@ def test_a_reset_may_go_away_by_itself() -> None:
     client.close()
     with pytest.raises(TransientError, match="connection broken"):
         until_error(link)
+    assert link.ended
     link.close()
 
 
@@ -184,6 +187,7 @@ def test_the_last_word_of_a_peer_is_heard_though_sending_fails() -> None:
     ends.standby.close()  # with a frame unread: a reset
     with pytest.raises((PeerError, TransientError)):
         send_for_ever(ends.primary)
+    assert ends.primary.ended
     assert said == [Goodbye(reason="the operator stops me")]
     ends.close()
 
@@ -214,6 +218,7 @@ def test_foreign_bytes_are_told_at_once(stranger: str) -> None:
     with pytest.raises(WireError, match="foreign stream") as caught:
         until_error(link)
     assert caught.value.hint is not None
+    assert not link.ended, "a peer that is there"
     link.close()
     client.close()
 
@@ -365,3 +370,31 @@ def test_a_frame_sent_byte_by_byte_is_one_frame() -> None:
     assert (received[0].epoch, bytes(received[1])) == (3, b"\x5a" * 40)
     client.close()
     link.close()
+
+
+# --- sending without waiting ------------------------------------------------------------------------------------------
+
+
+def test_what_is_offered_never_waits_and_arrives_in_order(ends: Ends) -> None:
+    """More than the kernel ever takes (tcp_rmem and tcp_wmem: 32 and 4 MB), to a peer that does not read meanwhile."""
+    frames = [device_frame(256 << 10, fill=number) for number in range(160)]
+    for frame in frames:
+        ends.primary.offer(frame)
+    assert ends.primary.waiting_bytes > 0
+    for frame in frames:
+        while (received := ends.standby.receive()) is None:
+            ends.primary.flush()
+        assert bytes(received[1]) == b"".join(frame.parts)
+    assert ends.primary.flush()
+    assert ends.primary.waiting_bytes == 0
+
+
+def test_offering_to_a_peer_that_is_gone(ends: Ends) -> None:
+    ends.standby.close()
+    with pytest.raises((TransientError, PeerError)):
+        offer_for_ever(ends.primary)
+
+
+def offer_for_ever(link: Link) -> None:
+    while True:
+        link.offer(device_frame(1000))

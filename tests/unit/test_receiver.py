@@ -21,7 +21,7 @@ from tests.harness.wire import TERM, checkpoint, pages_of, run_table, wire_bytes
 
 from kagemusha.commit.applier import Applier, CommittedCheckpoint
 from kagemusha.commit.memory import StandbyMemory
-from kagemusha.commit.receiver import ReceivingSession
+from kagemusha.commit.receiver import OutputTold, ReceivingSession
 from kagemusha.errors import GuestError, PeerError, TransientError, WireError
 from kagemusha.kernel.staging import KEPT_BYTES, RECENT_CHECKPOINTS, SLOTS, StagingSlot
 from kagemusha.model.ids import Epoch, Term
@@ -31,7 +31,17 @@ from kagemusha.transport.link import Link, connect
 from kagemusha.wire.block import BlockCodec
 from kagemusha.wire.frame import Frame
 from kagemusha.wire.handshake import HandOver, Hello
-from kagemusha.wire.messages import Ack, CheckpointBegin, Heartbeat, StandDownConfirmed, SyncBegin, decode, encode
+from kagemusha.wire.messages import (
+    Ack,
+    CheckpointBegin,
+    Heartbeat,
+    OutputLeft,
+    StandDownConfirmed,
+    SyncBegin,
+    decode,
+    encode,
+)
+from kagemusha.wire.output import HeldOutput
 from kagemusha.wire.sync import OutgoingSync
 from kagemusha.wire.tally import StreamTotals
 
@@ -260,7 +270,7 @@ def test_a_checkpoint_is_kept_while_the_next_one_comes(
         pytest.param([encode(Ack(Epoch(1)), term=TERM)], id="acknowledgement from the primary"),
         pytest.param([encode(SyncBegin(IMAGE_PAGES), term=TERM)], id="second synchronisation"),
         pytest.param(
-            [encode(CheckpointBegin(Epoch(1), 1, 1 << 40, 0, 0, 0), term=TERM)], id="more than there is room for"
+            [encode(CheckpointBegin(Epoch(1), 1, 1 << 40, 0, 0, 0, 0), term=TERM)], id="more than there is room for"
         ),
         pytest.param([encode(StandDownConfirmed(), term=TERM)], id="a message of the standby"),
     ],
@@ -279,6 +289,17 @@ def test_heartbeats_may_lie_between_the_frames_of_a_checkpoint(standby: StandbyS
     for frame in one_page(1):
         bare.send(encode(Heartbeat(1, 0), term=TERM), frame)
     assert standby.checkpoint().epoch == 1
+
+
+def test_held_output_may_lie_between_the_frames_of_a_checkpoint(standby: StandbySide, bare: BarePrimary) -> None:
+    output = HeldOutput(Epoch(2), (bytes(30),))
+    for frame in one_page(1):
+        bare.send(encode(output, term=TERM), frame)
+    bare.send(encode(OutputLeft(Epoch(2)), term=TERM))
+    for _ in one_page(1):
+        assert standby.receive() == OutputTold(output)
+    assert standby.checkpoint().epoch == 1
+    assert standby.receive() == OutputTold(OutputLeft(Epoch(2)))
 
 
 def test_abandoning_tells_whether_a_part_was_thrown_away(standby: StandbySide, bare: BarePrimary) -> None:

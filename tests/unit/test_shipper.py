@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ from tests.harness.standby_side import StandbySide, standby_side, wait_readable,
 from tests.harness.waiting_process import WaitingProcess, waiting_process
 from tests.harness.wire import TERM, run_table
 
+from kagemusha.commit.receiver import OutputTold
 from kagemusha.kernel.bpf_lease import boottime_ns
 from kagemusha.model.config import Compression
 from kagemusha.model.ids import Epoch, Term
@@ -41,7 +43,8 @@ from kagemusha.ship.orders import (
 from kagemusha.transport.link import Link, accept
 from kagemusha.wire.frame import FrameType
 from kagemusha.wire.handshake import Goodbye, HandOver, RefusalCode, StandDown
-from kagemusha.wire.messages import Ack, Heartbeat, Message, StandDownConfirmed, decode, encode
+from kagemusha.wire.messages import Ack, Heartbeat, Message, OutputLeft, StandDownConfirmed, decode, encode
+from kagemusha.wire.output import HeldOutput
 
 pytestmark = pytest.mark.root
 
@@ -280,14 +283,23 @@ def test_a_late_answer_counts_from_the_sending() -> None:
         while (message := next_message(link)).counter < 2:
             pass
         first, first_ns = message.counter, boottime_ns()
-        link.send(encode(Heartbeat(1, 0), term=TERM))
-        wait_until(lambda: boottime_ns() > first_ns + 401 * 10**6, "what was sent by then is too old")
-        link.send(encode(Heartbeat(2, first), term=TERM))
+        numbers = itertools.count(1)
+
+        def says(echo: int = 0) -> None:
+            """The standby lives, and has got the heartbeat of this number."""
+            link.send(encode(Heartbeat(next(numbers), echo), term=TERM))
+
+        while boottime_ns() <= first_ns + 401 * 10**6:  # until what was sent by then is too old
+            message = next_message(link)
+            says()
+        while next_message(link).counter < message.counter + 5:  # ... and was forgotten with a later one
+            says()
+        says(first)
         while (message := next_message(link)).counter < first + 20:
-            pass
+            says()
         assert primary.lease.until_ns == 1
         sent_before_ns = boottime_ns()
-        link.send(encode(Heartbeat(3, message.counter), term=TERM))
+        says(message.counter)
         wait_until(lambda: primary.lease.until_ns > 1, "the newer answer extends the lease")
         assert primary.lease.until_ns <= sent_before_ns + 400 * 10**6
         link.close()
@@ -528,6 +540,23 @@ def test_orders_for_a_dropped_session_are_ignored(primary: PrimarySide, standby:
     primary.order(SendCheckpoint(primary.fill(1, 2, (), pages(0, 0), b"new")))
     checkpoint = standby.checkpoint()
     assert (checkpoint.epoch, standby.apply(checkpoint).device_state) == (2, b"new")
+
+
+def test_copies_of_held_output_go_to_the_standby_ahead_of_the_checkpoint(
+    primary: PrimarySide, standby: StandbySide
+) -> None:
+    """Those of before the session are of no use to it."""
+    output = HeldOutput(Epoch(2), (bytes(30), bytes(40)))
+    primary.copies.put_copy(Epoch(1), HeldOutput(Epoch(1), output.frames).payload())
+    open_session(primary, standby)
+    primary.copies.put_copy(output.epoch, output.payload())
+    primary.copies.put_copy(Epoch(3), HeldOutput(Epoch(3), output.frames).payload())
+    primary.order(SendCheckpoint(primary.fill(0, 2, (), pages(0, 0), b"state")))
+    assert standby.receive() == OutputTold(output)
+    assert standby.receive() == OutputTold(HeldOutput(Epoch(3), output.frames))
+    assert standby.checkpoint().epoch == 2
+    primary.copies.put_left(Epoch(2))
+    assert standby.receive() == OutputTold(OutputLeft(Epoch(2)))
 
 
 def test_nobody_there() -> None:

@@ -103,17 +103,17 @@ def test_golden_stream() -> None:
         "CHECKPOINT_END",
     ]
     payloads = [b"".join(frame.parts) for frame in frames]
-    begin = "0100000000000000 0010000000000000 0400000000000000 0000000000000000 0000000000000000"
+    begin = "0100000000000000 0010000000000000 0400000000000000" + 3 * "0000000000000000"
     assert payloads[0] == bytes.fromhex(begin)
     assert payloads[2].hex() == "000000000000000004000000040000005145564d"
     records = bytes.fromhex(
-        "2000 0000 03000000 0700000000000000 28000000 598dd8e7a0b76034"
+        "2000 0000 03000000 0700000000000000 30000000 8f358b169a485162"
         "2100 0000 03000000 0700000000000000 20100000 32054b2a835b2c72"
         "2200 0000 03000000 0700000000000000 14000000 a18e15ef52b3ac4a"
     )
     counts = "010000000100000001000000000000000010000000000000"
     assert payloads[3].hex() == counts + xxhash.xxh3_128_hexdigest(records)
-    assert payloads[3].hex() == counts + "482dd320fafaff8276ca532bee33713c"
+    assert payloads[3].hex() == counts + "3153a086fdd6672025f518effd2a8580"
 
 
 def test_empty_checkpoint_of_device_state_alone() -> None:
@@ -227,13 +227,15 @@ def test_a_begin_that_lies(
     page_chunks: int, page_bytes: int, device_bytes: int, rules_bytes: int, complaint: str
 ) -> None:
     """Its digest is right: the counts are checked for themselves."""
-    begin = encode(CheckpointBegin(EPOCH, page_chunks, page_bytes, device_bytes, rules_bytes, 0), term=TERM)
+    begin = encode(CheckpointBegin(EPOCH, page_chunks, page_bytes, device_bytes, rules_bytes, 0, 0), term=TERM)
     never_complete(redigested([begin, *FRAMES[1:]]), complaint)
 
 
 @given(device=st.binary(max_size=300), rules=st.binary(max_size=300))
 def test_a_rule_set_follows_the_device_state(device: bytes, rules: bytes) -> None:
-    outgoing = checkpoint([], np.empty(0, np.uint8), device, rules=rules, inbound_seen=len(device) << 55)
+    outgoing = checkpoint(
+        [], np.empty(0, np.uint8), device, rules=rules, inbound_seen=len(device) << 55, switch_session=len(device) << 54
+    )
     received = receive_stream(wire_bytes(outgoing.frames()))
     assert received.committed()
     assert received.assembler is not None
@@ -241,6 +243,7 @@ def test_a_rule_set_follows_the_device_state(device: bytes, rules: bytes) -> Non
     assert (totals.device_bytes, totals.rules_bytes) == (len(device), len(rules))
     assert outgoing.statistics() == totals
     assert received.assembler.inbound_seen == len(device) << 55
+    assert received.assembler.switch_session == len(device) << 54
     assert received.buffers.device[: len(device) + len(rules)].tobytes() == device + rules
 
 

@@ -10,8 +10,11 @@ from tests.harness.wire import EPOCH, TERM, receive_stream
 from kagemusha.model.memory import PAGE_BYTES
 from kagemusha.wire.frame import MAX_PAYLOAD_BYTES, WITH_EPOCH, FrameType, pack_frame
 from kagemusha.wire.messages import CHUNK_TYPES, MESSAGE_TYPES, Ack, StructMessage, encode
+from kagemusha.wire.switch import SWITCH_MESSAGE_TYPES, SwitchRefusal
+from kagemusha.wire.switch_structs import OutputMode
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text(encoding="utf-8")
+ALL_TYPES = MESSAGE_TYPES | SWITCH_MESSAGE_TYPES
 EXAMPLES = [bytes.fromhex(re.sub(r"#.*", "", block)) for block in re.findall(r"```hex\n(.*?)```", DOCUMENT, re.DOTALL)]
 
 
@@ -32,7 +35,11 @@ def form_of(kind: FrameType) -> str:
         return "empty"
     if kind is FrameType.INBOUND_FRAMES:
         return "batch"
-    return "struct" if issubclass(MESSAGE_TYPES[kind], StructMessage) else "JSON"
+    if kind is FrameType.HELD_OUTPUT:
+        return "frames"
+    if kind is FrameType.RULE_SET:
+        return "rules"
+    return "struct" if issubclass(ALL_TYPES[kind], StructMessage) else "JSON"
 
 
 def test_struct_sizes() -> None:
@@ -41,7 +48,14 @@ def test_struct_sizes() -> None:
         name: sum(int(bits) // 8 for bits in re.findall(r"u(\d\d)\b", fields)) + 16 * ("16 bytes" in fields)
         for name, fields in rows
     }
-    assert sizes == {k.name: MAX_PAYLOAD_BYTES[k] for k in MESSAGE_TYPES if form_of(k) == "struct"}
+    assert sizes == {k.name: MAX_PAYLOAD_BYTES[k] for k in ALL_TYPES if form_of(k) == "struct"}
+
+
+def test_words_of_the_switch() -> None:
+    codes = re.search(r"^\| SWITCH_REFUSED \| `code` \((.*?)\)", DOCUMENT, re.MULTILINE)
+    assert codes is not None
+    assert codes[1] == ", ".join(f"`{code}`" for code in SwitchRefusal)
+    assert ", ".join(f"{mode.value} {mode.name}" for mode in OutputMode) in DOCUMENT
 
 
 def test_example_checkpoint() -> None:

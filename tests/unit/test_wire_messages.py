@@ -37,13 +37,16 @@ from kagemusha.wire.messages import (
     CheckpointEnd,
     Heartbeat,
     Message,
+    OutputLeft,
     StandDownConfirmed,
     SyncBegin,
     SyncEnd,
     decode,
     encode,
 )
+from kagemusha.wire.output import HeldOutput
 from kagemusha.wire.reader import FrameReader
+from kagemusha.wire.switch import SWITCH_MESSAGE_TYPES
 
 DIGEST = bytes(range(16))
 U32 = st.integers(0, (1 << 32) - 1)
@@ -103,14 +106,19 @@ GOLDEN: list[tuple[Message, str]] = [
         "0200000000000000 0300000000000000 0020000000000000 000102030405060708090a0b0c0d0e0f",
     ),
     (
-        CheckpointBegin(EPOCH, 2, 12288, 81920, 700, 77),
-        "0200000000000000 0030000000000000 0040010000000000 bc02000000000000 4d00000000000000",
+        CheckpointBegin(EPOCH, 2, 12288, 81920, 700, 77, 0x1234),
+        "0200000000000000 0030000000000000 0040010000000000 bc02000000000000 4d00000000000000 3412000000000000",
     ),
     (
         CheckpointEnd(EPOCH, 2, 1, 3, 8192, DIGEST),
         "02000000 01000000 0300000000000000 0020000000000000 000102030405060708090a0b0c0d0e0f",
     ),
     (Ack(EPOCH), ""),
+    (
+        HeldOutput(EPOCH, (bytes(24), bytes(24) + b"\xff")),
+        "02000000 00000000 18000000 19000000" + "00" * 48 + "ff",
+    ),
+    (OutputLeft(EPOCH), ""),
     (Heartbeat(5, 4), "0500000000000000 0400000000000000"),
     (StandDownConfirmed(), ""),
     (StandDown(reason="é"), b'{"reason":"\xc3\xa9"}'.hex()),
@@ -161,7 +169,7 @@ def test_golden_covers_every_message() -> None:
 
 
 def test_the_table_names_every_frame_type_once() -> None:
-    assert set(MESSAGE_TYPES) | CHUNK_TYPES == set(FrameType)
+    assert set(MESSAGE_TYPES) | CHUNK_TYPES | set(SWITCH_MESSAGE_TYPES) == set(FrameType)
     assert not set(MESSAGE_TYPES) & CHUNK_TYPES
     for kind, message_type in MESSAGE_TYPES.items():
         assert message_type.kind is kind
@@ -170,7 +178,7 @@ def test_the_table_names_every_frame_type_once() -> None:
 STRUCTS: st.SearchStrategy[Message] = st.one_of(
     st.builds(SyncBegin, U64),
     st.builds(SyncEnd, U64, U64, U64, st.binary(min_size=16, max_size=16)),
-    st.builds(CheckpointBegin, EPOCHS, U64, U64, U64, U64, U64),
+    st.builds(CheckpointBegin, EPOCHS, U64, U64, U64, U64, U64, U64),
     st.builds(CheckpointEnd, EPOCHS, U32, U32, U64, U64, st.binary(min_size=16, max_size=16)),
     st.builds(Ack, EPOCHS),
     st.builds(Heartbeat, U64, U64),

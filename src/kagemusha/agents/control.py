@@ -1,4 +1,4 @@
-"""The worker's control socket: what it is doing, and what an operator asks of it, one JSON line each way.
+"""The control socket of a worker or a switch: what it does, and what an operator asks of it, one JSON line each way.
 
 Part of the worker's own loop, so an answer is the truth of this moment; nothing here waits. Clients are the
 host's root (the socket's mode is 0600), yet a line that makes no sense gets an error and harms nothing.
@@ -56,6 +56,11 @@ def control_path(runtime_dir: Path, vm: str) -> Path:
     return runtime_dir / f"{vm}.control"
 
 
+def switch_control_path(runtime_dir: Path, bridge: str) -> Path:
+    """Where the agent of the switch with this bridge is asked."""
+    return runtime_dir / f"{bridge}.switch"
+
+
 @dataclass(slots=True)
 class Client:
     """One connection. A request of it is answered once; the next one is read after that."""
@@ -76,16 +81,19 @@ class Client:
 class ControlSocket:
     """Listens from the worker's first moment to its end, through all its roles."""
 
-    def __init__(self, runtime_dir: Path, vm: str) -> None:
-        """:raise ConfigError: another worker of this VM runs here, or as ``rulebase.sockets.listen`` says."""
-        self._path = control_path(runtime_dir, vm)
+    def __init__(self, path: Path, *, whose: str) -> None:
+        """:param whose: for an error: a key and what it names.
+
+        :raise ConfigError: another listens there, or as ``rulebase.sockets.listen`` says.
+        """
+        self._path = path
         try:
             self._listener = listen(self._path)
         except TransientError as error:
             raise ConfigError(
-                f"vm.name: another worker of this VM is running here ({self._path})",
+                f"{whose} is running here ({self._path})",
                 operation="open the control socket",
-                hint="stop it first, or give this VM a name of its own",
+                hint="stop it first, or use another name",
             ) from error
         self._inode = self._path.stat().st_ino
         self._clients: dict[int, Client] = {}

@@ -17,11 +17,14 @@ from kagemusha.capture.checkpoint import CheckpointCapture
 from kagemusha.capture.dirty import DirtyMemory
 from kagemusha.capture.order import CopyOrder, OrderChoice
 from kagemusha.errors import UnsupportedError
-from kagemusha.gate.messages import Sealed
+from kagemusha.guest.control import resumed_by_others
+from kagemusha.kernel.fault_point import reach
 from kagemusha.model.checkpoint import SealedCheckpoint
 from kagemusha.model.config import PrimaryTable
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch
 from kagemusha.protocol.gate import Demand
+from kagemusha.protocol.output import SealedOutput
 from kagemusha.protocol.pacing import Pacing
 from kagemusha.ship.orders import Acknowledged
 
@@ -40,7 +43,7 @@ class EpochCycle:
         self._free_slots = list(range(len(parts.slots)))
         self._orders = OrderChoice()
         self._order = CopyOrder.AFTER_SAVE
-        self._captured: tuple[CheckpointCapture, Sealed] | None = None
+        self._captured: tuple[CheckpointCapture, SealedOutput] | None = None
         self._epochs = EpochLog(log)
         self._pacing = Pacing(
             min_s=settings.min_epoch_ms / 1000,
@@ -50,6 +53,7 @@ class EpochCycle:
         )
         self._stop_t = self._resume_t = 0.0
         self._inbound_seen = 0
+        self._seal_wait_us = 0
 
     # --- the first synchronisation --------------------------------------------------------------------------------
 
@@ -85,6 +89,11 @@ class EpochCycle:
         """When the epoch should end, CLOCK_MONOTONIC seconds."""
         return self._pacing.due_t(stop_t=self._stop_t, resume_t=self._resume_t, demand=demand)
 
+    def look_ahead(self) -> None:
+        """Just before the pause, so that the pause need not wait for it: most of what was written is known now."""
+        assert self._dirty is not None
+        self._dirty.take_ahead()
+
     def pause(self) -> bool:
         """Stop the guest; QEMU goes on to save the devices at once. False: somebody else holds it paused."""
         control = self._parts.control
@@ -92,6 +101,7 @@ class EpochCycle:
         control.begin_stop_and_save()
         if control.wait_stopped():
             self._inbound_seen = self._parts.inbound.seen()
+            reach(Fault.PRIMARY_STOPPED)
             return True
         control.wait_saved()
         return False
@@ -104,11 +114,15 @@ class EpochCycle:
         capture = CheckpointCapture(epoch, index, parts.slots[index], self._dirty)
         self._order = self._orders.next()
         if self._order is CopyOrder.BESIDE_SAVE:
-            capture.copy_pages()
+            capture.copy_noted()
         parts.control.wait_saved()
-        capture.copy_pages()  # what the save wrote, too
-        sealed = parts.gate.wait_sealed(epoch, timeout_s=SEAL_TIMEOUT_S)
+        saved_t = time.monotonic()
+        sealed = parts.gate.wait_sealed(epoch, timeout_s=SEAL_TIMEOUT_S)  # long since, as a rule: the save takes longer
+        self._seal_wait_us = int((time.monotonic() - saved_t) * 1e6)
+        reach(Fault.PRIMARY_SAVED)
+        capture.copy_pages()  # what was written last, by the save too
         self._captured = (capture, sealed)
+        reach(Fault.PRIMARY_CAPTURED)
 
     def resume(self, rules: bytes) -> None:
         """The guest goes on; what its pause need not wait for is done now.
@@ -117,14 +131,14 @@ class EpochCycle:
         :raise UnsupportedError: the VM's memory was changed; this checkpoint would not fit the standby's machine.
         """
         control = self._parts.control
-        control.begin_resume()
         if self._captured is None:
-            control.wait_resumed()
-            control.ram_blocks()
+            control.let_run()
             return
+        control.begin_resume()
         capture, sealed = self._captured
         checkpoint = self.finish_capture(rules)
         pause = control.wait_resumed()
+        reach(Fault.PRIMARY_RESUMED)
         self._orders.observed(self._order, pause.pause_us)
         interval_us = int((pause.stop_t - self._stop_t) * 1e6)
         self._stop_t, self._resume_t = pause.stop_t, time.monotonic()
@@ -138,6 +152,7 @@ class EpochCycle:
                 runs=capture.runs,
                 held_frames=sealed.frames,
                 held_bytes=sealed.bytes,
+                seal_wait_us=self._seal_wait_us,
             ),
         )
         if control.ram_blocks() != self._parts.machine.ram_blocks:
@@ -149,11 +164,25 @@ class EpochCycle:
         """The guest stands with a capture that no :meth:`resume` has made a checkpoint of."""
         return self._captured is not None
 
+    def finish_last(self, rules: bytes) -> None:
+        """The guest stands for good: make the last checkpoint of what was captured.
+
+        :raise GuestError: somebody else let it run.
+        """
+        if not self._parts.control.stood():
+            raise resumed_by_others()
+        self.finish_capture(rules)
+
     def finish_capture(self, rules: bytes) -> SealedCheckpoint:
         """Make a checkpoint of what was captured."""
         assert self._captured is not None
-        capture, self._captured = self._captured[0], None
-        checkpoint = capture.finish(self._parts.control.device_state(), rules, inbound_seen=self._inbound_seen)
+        (capture, sealed), self._captured = self._captured, None
+        checkpoint = capture.finish(
+            self._parts.control.device_state(),
+            rules,
+            inbound_seen=self._inbound_seen,
+            switch_session=sealed.session,
+        )
         self._sealed[checkpoint.epoch] = checkpoint
         return checkpoint
 

@@ -22,6 +22,7 @@ class CapturedEpoch:
     runs: int
     held_frames: int
     held_bytes: int
+    seal_wait_us: int
 
 
 class EpochLog:
@@ -56,6 +57,7 @@ class EpochLog:
                 runs=facts.runs,
                 held_frames=facts.held_frames,
                 held_bytes=facts.held_bytes,
+                seal_wait_us=facts.seal_wait_us,
             )
         )
 

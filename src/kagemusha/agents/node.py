@@ -16,13 +16,15 @@ arbiter gives for it, and never where anything says that it was handed to anothe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kagemusha.agents.control import ControlSocket
+from kagemusha.agents.control import ControlSocket, control_path
 from kagemusha.agents.eventlog import EventLog
+from kagemusha.agents.fault_points import provide_fault_points
 from kagemusha.agents.signals import StopSignals
 from kagemusha.agents.state_report import StateReport
 from kagemusha.agents.term_file import TermFile
@@ -38,6 +40,7 @@ from kagemusha.kernel.probe import missing, probe
 from kagemusha.kernel.process import start_ticks
 from kagemusha.model.config import Config
 from kagemusha.model.ids import Epoch
+from kagemusha.switching.client import Registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class TakenOverGuest:
 
     :ivar stack: ends it and takes its network down.
     :ivar next_epoch: the epoch it is in.
+    :ivar put_back: ends the preference that it has for its first steps.
     """
 
     network: GateNetwork
@@ -66,6 +70,7 @@ class TakenOverGuest:
     session: QmpSession
     machine: Machine
     next_epoch: Epoch
+    put_back: Callable[[], None]
     stack: ExitStack
 
 
@@ -73,18 +78,21 @@ def open_node(config: Config, events: Path | None, stack: ExitStack) -> Node:
     """Open all of it; ``stack`` closes it again.
 
     :raise UnsupportedError: this host's kernel lacks something.
-    :raise ConfigError: a path that the configuration names cannot be used.
+    :raise ConfigError: a path that the configuration names cannot be used, or fault points are asked for wrongly.
     :raise TransientError: another worker serves this VM here.
     """
     lacking = missing(probe())
     if lacking:
         raise UnsupportedError("this host cannot protect VMs: " + "; ".join(lacking), operation="check the host")
     log = EventLog(events)
+    provide_fault_points()
     signals = stack.enter_context(StopSignals())
     terms = TermFile(config.state_dir, config.vm.name)
     _make_runtime_dir(config)
-    control = stack.enter_context(ControlSocket(config.runtime_dir, config.vm.name))
-    arbiter = make_arbiter(config.arbiter)
+    control = stack.enter_context(
+        ControlSocket(control_path(config.runtime_dir, config.vm.name), whose="vm.name: another worker of this VM")
+    )
+    arbiter = _find_arbiter(config)
     if arbiter is not None:
         stack.callback(arbiter.close)
     report = StateReport(log, config.vm.name, config.node_name)
@@ -98,18 +106,32 @@ def _make_runtime_dir(config: Config) -> None:
         raise ConfigError(f"runtime_dir: {error}", operation="make the runtime directory") from error
 
 
+def _find_arbiter(config: Config) -> Arbiter | None:
+    return make_arbiter(config.arbiter, switch=config.switch, tls=config.tls, node=config.node_name)
+
+
 def _open_arbiter(config: Config) -> Arbiter:
-    arbiter = make_arbiter(config.arbiter)
+    arbiter = _find_arbiter(config)
     assert arbiter is not None
     return arbiter
 
 
-def make_claimant(node: Node, qemu: QemuProcess, stack: ExitStack) -> Claimant | None:
-    """Who claims terms for this guest: named after its QEMU, so that a worker's successor is the same claimant."""
+def make_claimant(node: Node, identity: str, stack: ExitStack) -> Claimant | None:
+    """Who claims terms for this guest."""
     if node.arbiter is None:
         return None
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
-    identity = f"{node.config.node_name}/{boot}.{qemu.pid}.{start_ticks(qemu.pid)}"
     claimant = Claimant(partial(_open_arbiter, node.config), node.config.vm.name, identity)
     stack.callback(claimant.close)
     return claimant
+
+
+def registration_of(config: Config, identity: str) -> Registration:
+    """What the switch is to know of this guest; in the name that its claims carry."""
+    assert config.switch is not None
+    return Registration(config.vm.name, (config.network.mac,), config.switch.port or "", identity)
+
+
+def identity_of(node: Node, qemu: QemuProcess) -> str:
+    """In whose name this guest's terms are claimed: its QEMU's, so that a worker's successor is the same claimant."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    return f"{node.config.node_name}/{boot}.{qemu.pid}.{start_ticks(qemu.pid)}"

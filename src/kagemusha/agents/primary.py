@@ -11,22 +11,23 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 
 from kagemusha import __version__
 from kagemusha.agents.control import Client, Command, PromoteCommand, StatusCommand, SwitchoverCommand
 from kagemusha.agents.epoch_cycle import EpochCycle
+from kagemusha.agents.flows_process import FlowsProcess
 from kagemusha.agents.node import Node, TakenOverGuest
 from kagemusha.agents.primary_parts import PrimaryParts, set_up
-from kagemusha.agents.rules_process import RulesProcess
-from kagemusha.errors import BugError, GuestGoneError, KageError, ProtocolError
+from kagemusha.agents.vm_rules import VmRules
+from kagemusha.errors import BugError, GuestGoneError, KageError, ProtocolError, TransientError
 from kagemusha.failover.claimant import Lost, Newest, Unanswered, Won
-from kagemusha.gate.namespace import GateMode
-from kagemusha.kernel.bpf_lease import boottime_ns
-from kagemusha.kernel.process import raise_priority
+from kagemusha.kernel.fault_point import reach
+from kagemusha.kernel.priority import Pace, Urgency
 from kagemusha.model.events import Ended, FloorMeasured, GateCounted
-from kagemusha.model.ids import FIRST_EPOCH, Epoch
+from kagemusha.model.faults import Fault
+from kagemusha.model.ids import FIRST_EPOCH, Epoch, Term
 from kagemusha.protocol import primary as protocol
 from kagemusha.protocol.primary import State
 from kagemusha.ship import orders
@@ -34,11 +35,12 @@ from kagemusha.wire.handshake import HandOver, Hello, StandDown, wire_blocks
 
 FLOOR_EVERY_EPOCHS = 10
 RECONNECT_S = 0.1
-RULES_RESTART_S = 1.0
+SHIP_RESTART_S = 1.0
 IDLE_S = 0.02
 GATE_COUNT_S = 1.0
-CLOSE_OUTPUT_S = 0.2
-CLOSE_LOOK_S = 0.001
+RECORD_RETRY_S = 0.5
+LEISURELY = (State.ALONE, State.SYNCING)
+"""Nobody relies on the standby, and there may be much to copy."""
 ALWAYS = (protocol.KillGuest, protocol.ResumeGuest, protocol.DropSession, protocol.DropClaim, protocol.CloseOutput)
 
 
@@ -65,20 +67,28 @@ class PrimaryWorker:
         self._events: deque[protocol.Event] = deque()
         self._cycle = EpochCycle(parts, config.primary, node.log)
         self._connect_t: float | None = None
+        self._call_at_once = False
         self._attempt = 0
         self._standby = 0
         self._switchover_clients: list[Client] = []
         self._gate_count_t = 0.0
         self._reason = "started"
         self._claim_said = self._no_standby = ""
+        self._unrecorded: Term | None = None
+        self._record_t = 0.0
         self._failure: KageError | None = None
+        self._lost: set[str] = set()
         self._guest_ended_well = False
-        self._rules: RulesProcess | None = None
-        self._rules_t = 0.0
-        self._shipped_rules = b""
+        self._ship_t = 0.0
+        self._pace = Pace(Urgency.DECIDE)
+        self._converged = self._prepared = False
         self._poll = select.poll()
-        for source in (parts.session, parts.qemu, parts.ship.reports, parts.ship.pidfd, parts.gate, parts.gate.pidfd):
+        flows = FlowsProcess(node.config, parts.network)
+        self._rules = VmRules(parts.start_rules, flows, parts.output, self._poll)
+        for source in (parts.session, parts.qemu, parts.ship.reports, parts.ship.process.pidfd, parts.gate):
             self._poll.register(source, select.POLLIN)
+        if parts.output.pidfd is not None:
+            self._poll.register(parts.output.pidfd, select.POLLIN)
         for own in (node.signals, node.control, *(() if parts.claimant is None else (parts.claimant,))):
             self._poll.register(own, select.POLLIN)
 
@@ -87,9 +97,7 @@ class PrimaryWorker:
 
         :raise KageError: the reason why protection could not go on.
         """
-        self._start_rules()
-        assert self._rules is not None
-        self._rules.wait_in_force()
+        self._rules.begin()
         for effect in self._first_effects:
             self._guarded(self._perform, effect)
         if self._data.state is State.ALONE:
@@ -142,18 +150,24 @@ class PrimaryWorker:
         if parts.qemu.fileno() in ready:
             self._guest_gone()
             return
-        if parts.gate.fileno() in ready and parts.gate.pidfd not in ready:
+        if parts.output.pidfd is None or (parts.gate.fileno() in ready and parts.output.pidfd not in ready):
             self._guarded(parts.gate.pump)
-        if self._rules is not None and self._rules.fileno() in ready:
-            self._take_rules(self._rules)
+        newer = parts.output.superseded
+        if newer is not None and self._data.state not in protocol.TERMINAL:
+            self._reason = f"the switch says that another holds term {newer}"
+            self._events.append(protocol.Superseded(max(newer, Term(self._data.term + 1))))
+        self._rules.take(ready)
         try:
             while parts.ship.reports.poll(0):
                 self._take_report(parts.ship.reports.recv())
         except (EOFError, ConnectionResetError):
             pass  # it has died, perhaps with orders unread; its pidfd tells
-        for pidfd, what in ((parts.ship.pidfd, "ship"), (parts.gate.pidfd, "gate")):
-            if pidfd in ready:
+        for pidfd, what in ((parts.ship.process.pidfd, "ship"), (parts.output.pidfd, "gate")):
+            if pidfd is not None and pidfd in ready:
                 self._poll.unregister(pidfd)
+                if what == "ship":
+                    self._poll.unregister(parts.ship.reports)  # its end would be told again and again
+                self._lost.add(what)
                 self._fail(BugError(f"the {what} process died", operation="watch processes"))
         self._observe_node()
 
@@ -166,6 +180,7 @@ class PrimaryWorker:
             self._claim_said = str(answer)
             match answer:
                 case Won():
+                    reach(Fault.PRIMARY_CLAIM_WON)
                     self._events.append(protocol.ClaimWon(answer.term))
                 case Lost():
                     self._events.append(protocol.ClaimLost(answer.term, answer.holder))
@@ -204,25 +219,12 @@ class PrimaryWorker:
         else:
             client.answer(ok=True)
 
-    def _take_rules(self, rules: RulesProcess) -> None:
-        try:
-            rules.take()
-        except KageError:
-            # What it put into force stays so; it was stored, and a new process takes it from there.
-            self._poll.unregister(rules)
-            self._rules = None
-            self._rules_t = time.monotonic() + RULES_RESTART_S
-            rules.close()
-
-    def _start_rules(self) -> None:
-        self._rules = self._parts.start_rules()
-        self._poll.register(self._rules, select.POLLIN)
-
     def close(self) -> None:
         """End what the worker itself started."""
-        if self._rules is not None:
-            self._rules.close()
+        self._rules.close()
         self._answer_switchover()
+        if self._data.state is State.ENDED:
+            self._parts.output.end()
 
     def _answer_switchover(self) -> None:
         """Tell who asked for it how it ended, once it has."""
@@ -236,6 +238,8 @@ class PrimaryWorker:
         self._switchover_clients.clear()
 
     def _guest_gone(self) -> None:
+        with suppress(KageError):  # that it is gone may be noticed before its last words are read
+            self._parts.control.pump()
         shutdown = self._parts.control.shutdown
         clean = shutdown is not None and bool(shutdown.data.get("guest"))
         self._guest_ended_well = clean
@@ -293,33 +297,68 @@ class PrimaryWorker:
     def _fail(self, error: KageError) -> None:
         self._failure = error
         self._reason = str(error)
-        self._events.append(protocol.CaptureFailed(str(error)))
+        self._events.append(protocol.CaptureFailed(str(error), mute=self._parts.ship.gone))
+
+    def _replace_ship(self, now: float) -> None:
+        """Its death has cost the protection; the next standby needs another ship process."""
+        parts = self._parts
+        self._ship_t = now + SHIP_RESTART_S
+        self._lost.clear()
+        self._failure = None  # that was all that had failed
+        self._cycle.end_session()  # first: another process must not hold on to what tracks the memory
+        parts.inbound.end()
+        self._rules.session_over()
+        parts.ship.restart()
+        for source in (parts.ship.reports, parts.ship.process.pidfd):
+            self._poll.register(source, select.POLLIN)
+        self._connect_t = now + RECONNECT_S if self._may_connect() else None
 
     # --- what is due --------------------------------------------------------------------------------------------
 
     def _act(self) -> None:
         """What is up to us: connect, go on synchronising, end an epoch."""
         now = time.monotonic()
-        state = self._data.state
+        parts, state = self._parts, self._data.state
+        self._converged &= state is State.SYNCING
+        self._take_back_preparation()
+        if state is State.ALONE and self._lost == {"ship"} and now >= self._ship_t:
+            self._replace_ship(now)
         if state in protocol.DISCONNECTED and self._connect_t is not None and now >= self._connect_t:
             self._connect_t = None
             self._attempt += 1
             address = self._config.standbys[self._standby]
             self._parts.ship.order(orders.OpenSession(self._attempt, address, self._hello()))
         elif state is State.SYNCING:
-            if self._cycle.advance_sync():
-                self._events.append(protocol.Converged())
+            self._converged = self._cycle.advance_sync() or self._converged
+            if self._converged:
+                self._prepared = True
+                if parts.output.prepare_to_hold():
+                    self._converged = False
+                    self._cycle.look_ahead()
+                    self._events.append(protocol.Converged())
         elif state is State.RUNNING and now >= self._due_t() and self._can_capture():
             if self._settings.measure_floor and self._data.epoch % FLOOR_EVERY_EPOCHS == 0:
                 self._measure_floor()
+            self._cycle.look_ahead()
             self._events.append(protocol.CheckpointDue())
-        if self._rules is None and now >= self._rules_t:
-            self._start_rules()
+        self._rules.tend(now)
+        if self._unrecorded is not None and now >= self._record_t:
+            self._record_and_claim(self._unrecorded)
         if self._data.holding and now >= self._gate_count_t:
             self._gate_count_t = now + GATE_COUNT_S
-            self._parts.inbound.look()
-            late_frames = self._parts.network.lease.dropped
-            self._log.write(GateCounted(t=now, late_frames=late_frames, **asdict(self._parts.gate.statistics())))
+            parts.inbound.look()
+            counts = parts.output.counts()
+            if counts is not None:
+                late_frames = parts.network.lease.dropped
+                self._log.write(GateCounted(t=now, late_frames=late_frames, **asdict(counts)))
+
+    def _take_back_preparation(self) -> None:
+        """The session was lost before the guest stood for its first checkpoint: the machine knows of no hold to end."""
+        holding = self._data.holding
+        if self._prepared and (holding or self._data.state is State.ALONE):
+            self._prepared = False
+            if not holding:
+                self._parts.output.pass_all()
 
     def _due_t(self) -> float:
         if self._data.switchover is not None:
@@ -360,6 +399,7 @@ class PrimaryWorker:
                 self._events.clear()
                 return
             self._data, effects = protocol.advance(self._data, event)
+            self._pace.set(urgent=self._data.state not in LEISURELY)
             failed = False
             for effect in effects:
                 # What follows may rest on what failed; but what ends a pause, a session or a guest does not.
@@ -389,11 +429,11 @@ class PrimaryWorker:
             case protocol.PauseGuest():
                 self._events.append(protocol.GuestStopped() if self._cycle.pause() else protocol.StopRefused())
             case protocol.HoldOutput():
-                self._begin_lease()
-                parts.gate.hold()
-                parts.network.set_mode(GateMode.HOLD)
+                parts.output.hold()
+                reach(Fault.PRIMARY_HOLDING)
             case protocol.SealOutput():
                 parts.gate.seal(effect.epoch)
+                reach(Fault.PRIMARY_SEALING)
             case protocol.CopyPages():
                 self._cycle.capture(effect.epoch)
                 done = (protocol.PagesCopied, protocol.DevicesSaved, protocol.OutputSealed)
@@ -401,16 +441,19 @@ class PrimaryWorker:
             case protocol.SaveDevices():
                 pass  # asked for together with the stop, and awaited by the capture
             case protocol.ResumeGuest():
-                self._cycle.resume(self._rules_to_ship())
+                self._cycle.resume(self._rules.to_ship())
                 if self._data.state is State.RESUMING:
                     self._events.append(protocol.GuestResumed())
             case protocol.Ship():
                 if self._cycle.unfinished:  # the guest stands for good
-                    self._cycle.finish_capture(self._rules_to_ship())
+                    self._cycle.finish_last(self._rules.to_ship())
                 parts.ship.order(orders.SendCheckpoint(self._cycle.sealed(effect.epoch)))
             case protocol.Release():
+                reach(Fault.PRIMARY_COMMITTED)
                 parts.gate.release(effect.epoch)
+                reach(Fault.PRIMARY_RELEASED)
                 self._cycle.free(effect.epoch)
+                self._call_at_once = True
             case _:
                 self._perform_session(effect)
 
@@ -418,36 +461,36 @@ class PrimaryWorker:
         parts = self._parts
         match effect:
             case protocol.StartSync():
-                if self._data.holding and parts.network.mode is GateMode.CLOSED:
-                    self._begin_lease()
-                    parts.network.set_mode(GateMode.HOLD)
+                reach(Fault.PRIMARY_CONNECTED)
+                if self._data.holding:
+                    parts.output.go_on_holding()
                 self._resume_left()
                 self._cycle.start_sync()
             case protocol.PassOutput():
-                parts.network.lease.forever()  # first: what is held is about to leave
-                if not _ready(parts.gate.pidfd):
-                    parts.gate.pass_all()
-                parts.network.set_mode(GateMode.PASS)
+                parts.output.pass_all()
                 self._resume_left()
             case protocol.CloseOutput():
-                if effect.drain:
-                    self._await_released()
-                parts.network.set_mode(GateMode.CLOSED)
+                parts.output.close(drain=effect.drain)
             case protocol.DropSession():
                 # The ship process lets go of the slots before it gets new orders.
                 parts.ship.order(orders.CloseSession())
                 self._cycle.end_session()
                 parts.inbound.end()
-                self._shipped_rules = b""
+                self._rules.session_over()
             case protocol.Reconnect():
-                self._connect_t = time.monotonic() + RECONNECT_S if self._may_connect() else None
+                # A standby that protected us decides soon whether we are dead.
+                delay_s = 0.0 if self._call_at_once else RECONNECT_S
+                self._call_at_once = False
+                self._connect_t = time.monotonic() + delay_s if self._may_connect() else None
             case protocol.SendStandDown():
                 parts.ship.order(orders.Say(StandDown(reason=effect.reason)))
             case protocol.SendHandOver():
+                reach(Fault.PRIMARY_HANDING_OVER)
                 parts.inbound.end()  # what it has goes ahead of the word
                 parts.ship.order(orders.Say(HandOver(reason=effect.reason)))
             case protocol.KillGuest():
                 parts.qemu.kill()
+                reach(Fault.PRIMARY_GUEST_KILLED)
             case _:
                 self._perform_claim(effect)
 
@@ -455,13 +498,19 @@ class PrimaryWorker:
         claimant = self._parts.claimant
         match effect:
             case protocol.RecordTried():
-                self._node.terms.record_tried(effect.term)
+                self._record_tried(effect.term)
             case protocol.RecordTerm():
                 elsewhere = protocol.TERMINAL - {State.ENDED}
-                self._node.terms.record(effect.term, own=self._data.state not in elsewhere)
+                own = self._data.state not in elsewhere
+                self._node.terms.record(effect.term, own=own)
+                if own:
+                    self._parts.output.set_term(effect.term)
             case protocol.Claim() if claimant is not None:
-                claimant.claim(effect.term)
+                if self._unrecorded is None:
+                    claimant.claim(effect.term)
+                    reach(Fault.PRIMARY_CLAIM_SENT)
             case protocol.DropClaim() if claimant is not None:
+                self._unrecorded = None
                 claimant.drop()
             case protocol.NoteTerm():
                 if claimant is not None:
@@ -469,23 +518,20 @@ class PrimaryWorker:
             case _:
                 raise BugError(f"no way to perform {effect!r}")
 
-    def _begin_lease(self) -> None:
-        """The standby has nothing yet to take over with, and will not use what it gets before the lease has run out."""
-        self._parts.network.lease.begin(boottime_ns() + self._config.lease.promise.lease_ns)
+    def _record_tried(self, term: Term) -> None:
+        """A term that is not on the disk is not claimed; the guest lives on, silent, until it is."""
+        try:
+            self._node.terms.record_tried(term)
+            self._unrecorded = None
+        except TransientError as error:
+            self._unrecorded, self._record_t = term, time.monotonic() + RECORD_RETRY_S
+            self._claim_said = str(error)
 
-    def _await_released(self) -> None:
-        """What was released has a moment to leave; what has not is lost, as on any network."""
-        deadline = time.monotonic() + CLOSE_OUTPUT_S
-        while self._parts.gate.statistics().pending_frames and time.monotonic() < deadline:
-            time.sleep(CLOSE_LOOK_S)
-
-    def _rules_to_ship(self) -> bytes:
-        """The rules' version if the standby does not have it yet."""
-        version = self._rules.version if self._rules is not None else b""
-        if not version or version is self._shipped_rules:
-            return b""
-        self._shipped_rules = version
-        return version
+    def _record_and_claim(self, term: Term) -> None:
+        self._record_tried(term)
+        if self._unrecorded is None:
+            self._claim_said = ""
+            self._perform_claim(protocol.Claim(term))
 
     @property
     def _told(self) -> str:
@@ -493,29 +539,25 @@ class PrimaryWorker:
         if self._data.state is State.ENDED:
             return self._data.end_reason or self._reason
         more = (self._claim_said, self._no_standby) if self._data.state in protocol.DISCONNECTED else ()
-        return "; ".join(filter(None, (self._reason, *more)))
+        return "; ".join(filter(None, (self._reason, *more, self._parts.output.trouble)))
 
     def _log_state(self) -> None:
         """Tell what an operator would call a change; the steps of the cycle are none."""
         self._node.report.tell("primary", self._data.status, self._data.term, self._told)
 
 
-def _ready(descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def run_primary(node: Node, taken: TakenOverGuest | None = None, *, listens: bool = False) -> tuple[State, int]:
+def run_primary(
+    node: Node, taken: TakenOverGuest | None = None, *, booted_as: str | None = None, listens: bool = False
+) -> tuple[State, int]:
     """Set up, protect until the end, take down. Returns how it ended, and the exit code that says so.
 
     :param taken: a guest that this node has taken over as its standby; else the configuration says where it is.
+    :param booted_as: in whose name the term was claimed in which it is booted now; None: it was not.
     :param listens: whether to answer primaries that take this node for a standby.
     :raise KageError: what could not be set up or went wrong for good.
     """
     with ExitStack() as stack:
-        parts = set_up(node, stack, taken, listens=listens)
-        raise_priority()
+        parts = set_up(node, stack, taken, booted_as=booted_as, listens=listens)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection needs to look at it during a pause
         # The network that a standby had from a killed predecessor is open by now, and nothing is in doubt.

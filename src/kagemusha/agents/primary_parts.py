@@ -7,23 +7,22 @@ thread, which must be the worker's main thread: they get SIGKILL when it ends.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import ssl
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
 from kagemusha.agents.inbound_copy import InboundCopy
-from kagemusha.agents.node import Node, TakenOverGuest, make_claimant
+from kagemusha.agents.node import Node, TakenOverGuest, identity_of, make_claimant, registration_of
+from kagemusha.agents.output import HostOutput, Output, SwitchOutput
 from kagemusha.agents.refuser import Refuser
 from kagemusha.agents.rules_process import RulesProcess
-from kagemusha.agents.signals import ignore_stop_signals
 from kagemusha.errors import BugError, ConfigError, KageError, TransientError
 from kagemusha.failover.claimant import Claimant
 from kagemusha.gate.namespace import GateMode, GateNetwork
@@ -33,48 +32,78 @@ from kagemusha.guest.launch import QemuProcess, attach, launch
 from kagemusha.guest.machine import Machine, inspect, refuse_unprotectable
 from kagemusha.guest.qmp import QmpSession
 from kagemusha.kernel.bpf_lease import Lease
-from kagemusha.kernel.process import pidfd_open, raise_priority, set_name, set_pdeathsig
+from kagemusha.kernel.forked import fork_process
+from kagemusha.kernel.output_channel import OutputChannel
+from kagemusha.kernel.priority import Pace, Urgency
 from kagemusha.kernel.staging import SLOTS, StagingSlot
 from kagemusha.model.config import Config, guest_port_of
+from kagemusha.model.ids import FIRST_EPOCH, Epoch
+from kagemusha.protocol.output import OutputGate
+from kagemusha.protocol.switch_words import Mode
 from kagemusha.ship.orders import Order, Report
 from kagemusha.ship.shipper import Shipper, ShipSettings
+from kagemusha.switching.channel import Channel
+from kagemusha.switching.client import SwitchClient
 from kagemusha.transport import tls
+from kagemusha.wire.frame import HELD_OUTPUT_BYTES
 
-SILENCE_SHARE = 0.9
+END_TIMEOUT_S = 2.0
 
 
 class ShipProcess:
     """The ship process as the worker sees it."""
 
     def __init__(
-        self, config: Config, slots: tuple[StagingSlot, ...], context: ssl.SSLContext | None, lease: Lease
+        self,
+        config: Config,
+        slots: tuple[StagingSlot, ...],
+        context: ssl.SSLContext | None,
+        lease: Lease,
+        copies: OutputChannel,
     ) -> None:
         assert config.primary is not None
         settings = ShipSettings(
             config.primary.heartbeat_ms / 1000,
             config.primary.stall_ms / 1000,
-            # A primary that can claim does so a moment before its standby would: the guest need not move.
-            SILENCE_SHARE * config.lease.duration_ms / 1000 if config.arbiter.kind != "none" else None,
+            config.lease.promise.primary_patience_ns / 1e9 if config.arbiter.kind != "none" else None,
         )
         self._alive: Any = RawValue("d", time.monotonic())
-        fork = multiprocessing.get_context("fork")
+        self._start = partial(self._fork, slots, settings, context, lease, copies)
+        self._start()
+
+    def _fork(
+        self,
+        slots: tuple[StagingSlot, ...],
+        settings: ShipSettings,
+        context: ssl.SSLContext | None,
+        lease: Lease,
+        copies: OutputChannel,
+    ) -> None:
+        self._gone = False
         self.reports: Connection[Order, Report]
-        self.reports, theirs = fork.Pipe()
+        self.reports, theirs = multiprocessing.Pipe()
 
         def main() -> None:
-            set_pdeathsig(signal.SIGKILL)
-            set_name("kage-ship")
-            ignore_stop_signals()
-            raise_priority()  # heartbeats must not be late on a busy host
-            self.reports.close()
-            Shipper(theirs, slots, settings, context, lease, lambda: float(self._alive.value)).run()
+            pace = Pace(Urgency.SHIP)
+            Shipper(
+                theirs,
+                slots,
+                settings,
+                context,
+                lease,
+                lambda: float(self._alive.value),
+                copies,
+                lambda urgent: pace.set(urgent=urgent),
+            ).run()
 
-        self.process = fork.Process(target=main, name="kage-ship")
-        self.process.start()
+        self.process = fork_process(main, name="kage-ship", keep={theirs.fileno(), *copies.reader_fds})
         theirs.close()
-        assert self.process.pid is not None
-        self.pid: int = self.process.pid
-        self.pidfd = pidfd_open(self.pid)
+
+    def restart(self) -> None:
+        """Another in the place of one that has died. Its descriptors are others."""
+        self.reports.close()
+        self.process.end()
+        self._start()
 
     def sign_of_life(self) -> None:
         """The epoch loop makes progress."""
@@ -85,6 +114,11 @@ class ShipProcess:
         """How long ago that was, seconds."""
         return time.monotonic() - float(self._alive.value)
 
+    @property
+    def gone(self) -> bool:
+        """It has died: what it is told from now on nobody hears."""
+        return self._gone or self.process.gone
+
     def order(self, order: Order) -> None:
         """Send an order.
 
@@ -93,16 +127,13 @@ class ShipProcess:
         try:
             self.reports.send(order)
         except BrokenPipeError as error:
+            self._gone = True
             raise BugError("the ship process died", operation="order") from error
 
     def close(self) -> None:
         """Let it finish what it was told, then end it."""
         self.reports.close()
-        self.process.join(timeout=2)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        os.close(self.pidfd)
+        self.process.end(patience_s=END_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +141,7 @@ class PrimaryParts:
     """What the worker works with. ``claimant``: None without an arbiter."""
 
     network: GateNetwork
-    gate: GateClient
+    output: Output
     qemu: QemuProcess
     session: QmpSession
     control: GuestControl
@@ -121,8 +152,15 @@ class PrimaryParts:
     claimant: Claimant | None
     inbound: InboundCopy
 
+    @property
+    def gate(self) -> OutputGate:
+        """What holds the guest's output."""
+        return self.output.gate
 
-def set_up(node: Node, stack: ExitStack, taken: TakenOverGuest | None, *, listens: bool) -> PrimaryParts:
+
+def set_up(
+    node: Node, stack: ExitStack, taken: TakenOverGuest | None, *, booted_as: str | None, listens: bool
+) -> PrimaryParts:
     """Build all parts; ``stack`` takes them down again.
 
     :param taken: a guest that runs here already, with its gate open.
@@ -131,6 +169,7 @@ def set_up(node: Node, stack: ExitStack, taken: TakenOverGuest | None, *, listen
     :raise ConfigError, GuestError, TransientError: as the parts say.
     """
     config = node.config
+    assert config.primary is not None
     context = tls.context(config.tls, "client")
     if taken is not None:
         stack.push(taken.stack)
@@ -161,17 +200,27 @@ def set_up(node: Node, stack: ExitStack, taken: TakenOverGuest | None, *, listen
         stack.callback(refuser.close)
     slots = tuple(StagingSlot(machine.image.pages) for _ in range(SLOTS))
     # The gate first: it takes hold0's descriptor away from this process, so that no other child inherits it.
-    gate = spawn_gate(network, hold_bytes=config.primary.hold_mb << 20 if config.primary else 0)
-    stack.callback(gate.close)
+    copies = OutputChannel(HELD_OUTPUT_BYTES)
+    stack.callback(copies.close)
+    gate = None
+    if config.held_at is None:
+        gate = spawn_gate(network, hold_bytes=config.primary.hold_mb << 20, copies=copies)
+        stack.callback(gate.close)
     guest_port = guest_port_of(config, "primary" if taken is None else "standby") if qemu.launched else None
-    assert config.primary is not None
-    inbound = InboundCopy(network, context, config.vm.name, wanted=config.primary.inbound_replay)
+    wanted = config.primary.inbound_replay and config.held_at is None  # the switch keeps what is sent to the guest
+    inbound = InboundCopy(network, context, config.vm.name, wanted=wanted)
     stack.callback(inbound.end)
-    ship = ShipProcess(config, slots, context, network.lease)
+    ship = ShipProcess(config, slots, context, network.lease, copies)
     stack.callback(ship.close)
+    identity = booted_as or identity_of(node, qemu)
+    claimant = make_claimant(node, identity, stack)  # forks, before there is a connection to the switch, and its thread
+    first_epoch = FIRST_EPOCH if taken is None else taken.next_epoch
+    in_doubt = taken is None and network.recovered
     return PrimaryParts(
         network,
-        gate,
+        _in_host(config, network, gate)
+        if gate is not None
+        else output_at_switch(node, network, identity, first_epoch, stack, in_doubt=in_doubt),
         qemu,
         session,
         control,
@@ -179,9 +228,33 @@ def set_up(node: Node, stack: ExitStack, taken: TakenOverGuest | None, *, listen
         slots,
         ship,
         start_rules=lambda: RulesProcess(config, network, guest_port),
-        claimant=make_claimant(node, qemu, stack),
+        claimant=claimant,
         inbound=inbound,
     )
+
+
+def _in_host(config: Config, network: GateNetwork, gate: GateClient) -> HostOutput:
+    return HostOutput(network, gate, config.lease.promise)
+
+
+def output_at_switch(
+    node: Node, network: GateNetwork, identity: str, first_epoch: Epoch, stack: ExitStack, *, in_doubt: bool
+) -> SwitchOutput:
+    """A guest from which nobody can take over passes there, too."""
+    config = node.config
+    assert config.switch is not None
+    channel = Channel(config.switch.address, tls.context(config.tls, "client"), node=config.node_name)
+    client = SwitchClient(
+        channel,
+        registration_of(config, identity),
+        node.terms.terms.held,
+        first_epoch=first_epoch,
+        seal_s=config.switch.seal_ms / 1000,
+    )
+    stack.callback(client.close)
+    if not in_doubt:
+        client.want(Mode.ALONE)
+    return SwitchOutput(network, client)
 
 
 def _control(session: QmpSession, stack: ExitStack) -> GuestControl:
@@ -202,7 +275,8 @@ def _give_back(control: GuestControl, network: GateNetwork) -> None:
 def _open_network(
     config: Config, stack: ExitStack, *, close: Callable[[GateNetwork], None] = GateNetwork.close
 ) -> GateNetwork:
-    network = GateNetwork.build(config.vm.name, "primary", config.network)
+    switched = config.held_at is not None
+    network = GateNetwork.build(config.vm.name, "primary", config.network, switched=switched)
     stack.callback(close, network)
     if not network.recovered:
         network.set_mode(GateMode.PASS)

@@ -16,12 +16,15 @@ from kagemusha.agents.primary import run_primary
 from kagemusha.agents.standby import exit_code_of, run_standby, term_to_claim_of
 from kagemusha.errors import ConfigError, FencedError, TransientError
 from kagemusha.failover.arbiter import Claimed
+from kagemusha.kernel.fault_point import reach
 from kagemusha.model.config import Config, Role
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import FIRST_TERM
 from kagemusha.protocol import primary, standby
 
 ASK_GAP_S = 0.25
 GRACE_S = 2.0
+"""For a standby with a checkpoint to take over; the wait before is not for that: see ``_Election``."""
 SETTLE_S = 0.5
 _Answer = TypeVar("_Answer")
 SUCCESSION = (primary.State.FENCED, primary.State.HANDED_OVER)
@@ -37,14 +40,19 @@ def run_role(config: Config, role: Role, events: Path | None) -> int:
         if role == "node":
             return _run_node(node)
         if role == "primary":
-            if node.arbiter is not None and config.vm.command is not None and not _Election(node, True).may_boot():
-                raise FencedError(
-                    "the VM runs on another host, or was handed on to one",
-                    operation="boot the VM",
-                    hint="run kage node or kage standby here",
-                )
-            return run_primary(node)[1]
+            booted_as = None
+            if node.arbiter is not None and config.vm.command is not None:
+                booted_as = _Election(node, True).may_boot()
+                if booted_as is None:
+                    raise FencedError(
+                        "the VM runs on another host, or was handed on to one",
+                        operation="boot the VM",
+                        hint="run kage node or kage standby here",
+                    )
+            return run_primary(node, booted_as=booted_as)[1]
         data, taken = run_standby(node)
+        while data.state is standby.State.SPENT:
+            data, taken = run_standby(node)
         return exit_code_of(data) if taken is None else _run_taken(node, taken)[1]
 
 
@@ -53,10 +61,12 @@ def _run_node(node: Node) -> int:
     first = node.config.hosts[0].name == node.config.node_name
     boots = _Election(node, first).may_boot()
     while True:
-        if boots:
-            ended, code = run_primary(node, listens=True)
+        if boots is not None:
+            ended, code = run_primary(node, booted_as=boots, listens=True)
         else:
             data, taken = run_standby(node, in_turns=True)
+            if data.state is standby.State.SPENT:  # another runs the VM
+                continue
             if data.state is standby.State.WAITING:  # nobody runs the VM, and this node may
                 boots = _Election(node, first).may_boot()
                 continue
@@ -65,12 +75,14 @@ def _run_node(node: Node) -> int:
             ended, code = _run_taken(node, taken)
         if ended not in SUCCESSION:
             return code
-        boots = False
+        boots = None
 
 
 def _run_taken(node: Node, taken: TakenOverGuest) -> tuple[primary.State, int]:
     """Protect a guest that was taken over; but first it has the host's processors for itself, to answer what waits."""
     select.select([node.signals.fileno(), taken.qemu.fileno()], [], [], SETTLE_S)
+    taken.put_back()
+    reach(Fault.NODE_SUCCEEDS)
     return run_primary(node, taken, listens=True)
 
 
@@ -78,7 +90,8 @@ def _run_taken(node: Node, taken: TakenOverGuest) -> tuple[primary.State, int]:
 class _Election:
     """Whether this node may boot the VM afresh, or has to wait as its standby: ``protocol.election`` decides.
 
-    Where the VM has run before, a standby that has a checkpoint is given the time to take over first.
+    Where the VM has run before, it waits (I2): a standby claims before its primary's lease is over, and if it dies
+    then, nobody else knows of that lease. And a standby that has a checkpoint gets time to take over with it.
 
     :ivar first: this is the node that boots a VM that has never run.
     """
@@ -86,8 +99,10 @@ class _Election:
     node: Node
     first: bool
 
-    def may_boot(self) -> bool:
-        """Ask, as long as the arbiter does not answer; a term that may be claimed is.
+    def may_boot(self) -> str | None:
+        """In whose name a term was claimed to boot the VM in; None: it must not be booted here.
+
+        Asks, as long as the arbiter does not answer, or the disk does not take a term; one that may be claimed is.
 
         :raise ConfigError: the arbiter refuses us, or an operator ended the node before it answered.
         """
@@ -97,16 +112,15 @@ class _Election:
         while (term := term_to_claim_of(self.node, self._ask(self._newest), first=self.first)) is not None:
             if term != FIRST_TERM:
                 self._tell(f"may claim term {term}, and waits for a standby that takes over")
-                wait_s = self.node.config.lease.takeover_s + GRACE_S
-                select.select([self.node.signals.fileno()], [], [], wait_s)
+                self._pause(self.node.config.lease.takeover_s + GRACE_S)
                 if term_to_claim_of(self.node, self._ask(self._newest), first=self.first) != term:
                     continue
             identity = f"{self.node.config.node_name}/boot-{secrets.token_hex(6)}"
-            self.node.terms.record_tried(term)
+            self._ask(partial(self.node.terms.record_tried, term))
             if self._ask(partial(arbiter.claim, self.node.config.vm.name, term, identity)).holder == identity:
-                self.node.terms.record(term, own=True)
-                return True
-        return False
+                self._ask(partial(self.node.terms.record, term, own=True))
+                return identity
+        return None
 
     def _newest(self) -> Claimed | None:
         assert self.node.arbiter is not None
@@ -117,13 +131,16 @@ class _Election:
             try:
                 return question()
             except TransientError as error:
-                self._tell(f"the arbiter does not answer: {error}")
-            if select.select([self.node.signals.fileno()], [], [], ASK_GAP_S)[0]:
-                raise ConfigError(
-                    "ended before the arbiter answered",
-                    operation="start the node",
-                    hint="see that the arbiter is reachable",
-                )
+                self._tell(f"waits: {error}")
+            self._pause(ASK_GAP_S)
+
+    def _pause(self, seconds: float) -> None:
+        if select.select([self.node.signals.fileno()], [], [], seconds)[0]:
+            raise ConfigError(
+                "ended before it was known who runs the VM",
+                operation="start the node",
+                hint="see that the arbiter is reachable",
+            )
 
     def _tell(self, reason: str) -> None:
         self.node.report.tell("node", "STARTING", self.node.terms.terms.held, reason)

@@ -16,29 +16,29 @@ A process of its own: compiling a thousand rules takes most of a second, and cli
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import select
-import signal
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from kagemusha.agents.signals import ignore_stop_signals
 from kagemusha.errors import BugError, ConfigError, KageError
 from kagemusha.gate.classification import Classification
 from kagemusha.gate.namespace import GateNetwork
 from kagemusha.gate.rulebase.codec import encode
+from kagemusha.gate.rulebase.expansion import expanded
 from kagemusha.gate.rulebase.service import RulesService
 from kagemusha.gate.rulebase.version import RuleVersion
-from kagemusha.kernel.process import close_descriptors_but, pidfd_open, set_name, set_pdeathsig
+from kagemusha.kernel.forked import fork_process
 from kagemusha.model.config import Config
+from kagemusha.model.flows import TimedFlow
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 2.0
 _TAKEN = b"\1"
 _MAX_MESSAGE = 4096
+_Told = tuple[bytes, bytes, dict[str, TimedFlow]]  # between a process and what it was forked from
 
 
 class _Says:
@@ -53,29 +53,20 @@ class RulesProcess:
     """The process as the worker sees it.
 
     :ivar version: the version that is in force or about to be, encoded (``gate.rulebase.codec``).
+    :ivar expanded: the same for a switch, encoded, but for ``flows`` (``gate.rulebase.expansion``); empty without one.
     """
 
     def __init__(self, config: Config, network: GateNetwork, guest_port: Path | None) -> None:
         """Start it. Until its first version is in force, the slot is as it was."""
-        fork = multiprocessing.get_context("fork")
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-        def main() -> None:
-            set_pdeathsig(signal.SIGKILL)
-            set_name("kage-rules")
-            ignore_stop_signals()
-            os.setpriority(os.PRIO_PROCESS, 0, 0)  # nobody waits for it as for the epoch loop
-            # It may be started again at any time, when the worker has the guest's memory and a session in its hands.
-            close_descriptors_but({0, 1, 2, theirs.fileno(), network.count.fd, network.slot.fd})
-            sys.exit(_serve(config, network, guest_port, theirs))
-
-        self.process = fork.Process(target=main, name="kage-rules")
-        self.process.start()
+        self.process = fork_process(
+            lambda: _serve(config, network, guest_port, theirs),
+            name="kage-rules",
+            keep={theirs.fileno(), network.count.fd, network.slot.fd},
+        )
         theirs.close()
-        assert self.process.pid is not None
-        self.pid: int = self.process.pid
-        self.pidfd = pidfd_open(self.pid)
-        self.version = b""
+        self.version = self.expanded = b""
+        self.flows: dict[str, TimedFlow] = {}
         self._in_force = False
 
     def wait_in_force(self) -> None:
@@ -104,7 +95,7 @@ class RulesProcess:
             case _Says.VERSION:
                 (memory,) = descriptors
                 with open(memory, "rb") as file:
-                    self.version = file.read()
+                    self.version, self.expanded, self.flows = pickle.load(file)
                 self._ours.send(_TAKEN)
             case _Says.IN_FORCE:
                 self._in_force = True
@@ -115,20 +106,21 @@ class RulesProcess:
     def close(self) -> None:
         """End it. The program stays in the slot for as long as somebody has its descriptor."""
         self._ours.close()
-        if not select.select([self.pidfd], [], [], END_TIMEOUT_S)[0]:
-            self.process.kill()
-        self.process.join()
-        os.close(self.pidfd)
+        self.process.end(patience_s=END_TIMEOUT_S)
 
 
 def _serve(config: Config, network: GateNetwork, guest_port: Path | None, worker: socket.socket) -> int:
     """The process; its exit code."""
     addresses = config.rules.addresses(config.network.mac)
     classification = Classification(network, addresses)
-    told: list[RuleVersion] = []
+    told: list[_Told] = []
 
     def install(version: RuleVersion) -> None:
-        _tell(worker, version)
+        forms: _Told = encode(version), b"", {}
+        if config.held_at is not None:
+            at_switch = expanded(version, addresses)
+            forms = forms[0], encode(at_switch.version), at_switch.flows
+        _tell(worker, forms)
         try:
             classification.install(version.rule_set)
         except KageError:
@@ -137,7 +129,7 @@ def _serve(config: Config, network: GateNetwork, guest_port: Path | None, worker
             raise
         if not told:
             worker.send(_Says.IN_FORCE)
-        told[:] = [version]
+        told[:] = [forms]
 
     service = RulesService(
         config.vm.name,
@@ -160,7 +152,7 @@ def _serve(config: Config, network: GateNetwork, guest_port: Path | None, worker
     return 0
 
 
-def _tell(worker: socket.socket, version: RuleVersion) -> None:
+def _tell(worker: socket.socket, forms: _Told) -> None:
     """Returns when the epoch loop has taken the version.
 
     :raise BugError: the worker is gone.
@@ -168,7 +160,7 @@ def _tell(worker: socket.socket, version: RuleVersion) -> None:
     memory = os.memfd_create("kage-rules", os.MFD_CLOEXEC)
     try:
         with open(memory, "wb", closefd=False) as file:
-            file.write(encode(version))
+            pickle.dump(forms, file)
         os.lseek(memory, 0, os.SEEK_SET)
         socket.send_fds(worker, [_Says.VERSION], [memory])
         if worker.recv(len(_TAKEN)) != _TAKEN:

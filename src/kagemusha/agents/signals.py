@@ -10,12 +10,6 @@ from typing import Self
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def ignore_stop_signals() -> None:
-    """In a forked process: the worker decides when it ends."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class StopSignals:
     """While entered, the signals only set ``requested`` and make ``fileno`` readable. Main thread only."""
 

@@ -7,7 +7,6 @@ becomes an event of the machine in ``protocol/standby.py``; its effects are perf
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections import deque
@@ -17,48 +16,52 @@ from dataclasses import asdict
 
 from kagemusha import __version__
 from kagemusha.agents.control import Client, Command, PromoteCommand, StatusCommand, SwitchoverCommand
+from kagemusha.agents.introduction import Misfit, misfit_of_machine, misfit_of_name, send_away
 from kagemusha.agents.node import Node, TakenOverGuest
 from kagemusha.agents.refusals import Refusals
+from kagemusha.agents.standby_checkpoints import StandbyCheckpoints
 from kagemusha.agents.standby_parts import StandbyParts, set_up
+from kagemusha.agents.takeover import Takeover
 from kagemusha.commit.acceptor import Caller
-from kagemusha.commit.applier import Applied, CommittedCheckpoint
-from kagemusha.commit.receiver import PrimarySaid, ReceivingSession, WholeCheckpoint
+from kagemusha.commit.output import KeptOutput
+from kagemusha.commit.receiver import OutputTold, PrimarySaid, Received, ReceivingSession, WholeCheckpoint
 from kagemusha.errors import (
-    ConfigError,
+    FencedError,
     GuestError,
     KageError,
     PeerError,
     ProtocolError,
     TransientError,
-    WireError,
 )
 from kagemusha.failover.arbiter import Claimed
 from kagemusha.failover.claimant import Lost, Newest, Unanswered, Won
-from kagemusha.gate.devices import VM
-from kagemusha.gate.namespace import GateMode
-from kagemusha.gate.rulebase.codec import decode
-from kagemusha.gate.rulebase.store import RuleStore
-from kagemusha.gate.rulebase.version import RuleVersion
-from kagemusha.inbound.delivery import deliver
-from kagemusha.kernel.process import raise_priority
-from kagemusha.model.events import CheckpointApplied, Ended, TakenOver
+from kagemusha.kernel.fault_point import reach
+from kagemusha.kernel.priority import Pace, Urgency
+from kagemusha.model.events import Ended, TakenOver
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch, Term
 from kagemusha.model.lease import LeasePromise
-from kagemusha.model.memory import same_layout
 from kagemusha.protocol import standby as protocol
 from kagemusha.protocol.election import KnownTerms, NewestClaim, term_to_claim
 from kagemusha.protocol.standby import State
-from kagemusha.wire.handshake import Goodbye, HandOver, RefusalCode, Refused, StandDown, Welcome, wire_blocks
-from kagemusha.wire.messages import StandDownConfirmed, encode
+from kagemusha.wire.handshake import Goodbye, HandOver, RefusalCode, StandDown, Welcome, wire_blocks
+from kagemusha.wire.messages import OutputLeft, StandDownConfirmed
+from kagemusha.wire.output import HeldOutput
 
 IDLE_S = 0.02
 ASK_EVERY_S = 2.0
 LONGEST_STEP_S = 2.5 * IDLE_S
 BEATS_PER_LEASE = 6
+RECORD_RETRY_S = 0.5
+LEISURELY = (State.WAITING, State.SYNCING)
+"""Nobody relies on this host, and there may be much to write."""
 
 
 class StandbyWorker:
-    """Runs one VM's standby, until its guest runs here."""
+    """Runs one VM's standby, until its guest runs here.
+
+    :ivar takeover: its way to that.
+    """
 
     def __init__(self, node: Node, parts: StandbyParts, *, in_turns: bool) -> None:
         """:param in_turns: to end, WAITING, when it turns out that nobody runs the VM and this node may boot it."""
@@ -70,24 +73,31 @@ class StandbyWorker:
         self._log = node.log
         self._lease = config.lease.promise
         terms = node.terms.terms
-        self._data = protocol.initial(terms.held, tried=terms.tried, arbitrated=parts.claimant is not None)
+        self._data = protocol.initial(
+            terms.held,
+            tried=terms.tried,
+            arbitrated=parts.claimant is not None,
+            fencing=config.arbiter.kind == "switch" and config.held_at is not None,
+        )
         self._events: deque[protocol.Event] = deque()
+        self._effects: deque[protocol.Effect] = deque()
+        self._record_t = 0.0
         self._session: ReceivingSession | None = None
         self._caller: Caller | None = None
-        self._whole: dict[Epoch, CommittedCheckpoint] = {}
-        self._rules: dict[Epoch, RuleVersion] = {}
-        self._applying = 0
-        self._device_state = b""
+        self._checkpoints = StandbyCheckpoints(config, parts, node.log)
+        self.takeover = Takeover(parts)
         self._last_heard = 0.0
         self._listened_t = self._silent_s = 0.0
         self._decided_t = 0.0
+        self._broken_t: float | None = None
         self._dropped_partial = False
         self._reason = "waiting for a primary"
         self._in_turns = in_turns
         self._may_boot = False
         self._ask_t = time.monotonic() + ASK_EVERY_S
         self._peer: str | None = None
-        self._replayed = self._lost_inbound = 0
+        self._output = KeptOutput()
+        self._pace = Pace(Urgency.DECIDE)
         self._refusals = Refusals(parts.acceptor, self._log)
 
     def run(self) -> protocol.Data:
@@ -97,9 +107,11 @@ class StandbyWorker:
             self._wait()
             self._observe()
             self._step_all()
-        if self._data.state in protocol.TERMINAL:
+        if self._data.state in protocol.TERMINAL and self._data.state is not State.SPENT:
             code = exit_code_of(self._data)
             self._log.write(Ended(t=time.monotonic(), role="standby", reason=self._reason, exit_code=code))
+        elif self._data.state is State.ACTIVE:
+            self._log_takeover()
         return self._data
 
     # --- what happens -------------------------------------------------------------------------------------------
@@ -109,26 +121,50 @@ class StandbyWorker:
         poll = select.poll()
         for source in (parts.acceptor, parts.applier, parts.session, parts.qemu, node.signals, node.control):
             poll.register(source, select.POLLIN)
-        if parts.claimant is not None:
-            poll.register(parts.claimant, select.POLLIN)
+        for other in (parts.claimant, parts.switch):
+            if other is not None:
+                poll.register(other, select.POLLIN)
         if self._session is not None and self._session.can_read:
             poll.register(self._session.link, select.POLLIN)
-        poll.poll(IDLE_S * 1000)
+        poll.poll(max(0.0, min(IDLE_S, self._due_s())) * 1000)
+
+    def _due_s(self) -> float:
+        """How long until the silence of the primary means something."""
+        if self._effects:
+            return IDLE_S
+        if self._data.state is State.PROTECTING:
+            left_s = self._lease.standby_patience_ns / 1e9 - self._silent_s
+            if self._broken_t is None or not self._data.arbitrated:
+                return left_s
+            broken_s = time.monotonic() - self._broken_t
+            return min(left_s, self._lease.after_break_s(self._silent_s, broken_s, fencing=self._data.fencing))
+        if self._waits_for_lease:
+            return self._last_heard + self._lease.wait_ns / 1e9 - time.monotonic()
+        return IDLE_S
+
+    @property
+    def _waits_for_lease(self) -> bool:
+        return self._data.state in (State.CLAIMING, *protocol.COMING) and not self._data.silenced
 
     def _observe(self) -> None:
         """Turn everything that has happened into events. What was received is looked at before the clock is."""
         self._observe_qemu()
-        while (applied := self._parts.applier.take()) is not None:
-            self._take_applied(applied)
+        if self._parts.switch is not None:
+            self._parts.switch.pump()
+        self._take_applied()
         self._observe_session()
         if self._caller is None and (caller := self._parts.acceptor.take()) is not None:
             self._introduce(caller)
         self._refusals.tell()
         self._observe_node()
         self._listen_for_silence()
-        if self._data.state is State.PROTECTING and not self._events and self._silent_s > self._lease.wait_ns / 1e9:
+        if self._events or self._due_s() > 0:
+            return
+        if self._data.state is State.PROTECTING:
             silent_ms = (time.monotonic() - self._last_heard) * 1e3
             self._events.append(protocol.HeartbeatLost(f"nothing heard of the primary for {silent_ms:.0f} ms"))
+        else:
+            self._events.append(protocol.LeaseOver())
 
     def _observe_node(self) -> None:
         """What the arbiter and the operator say."""
@@ -141,6 +177,7 @@ class StandbyWorker:
             self._reason = str(answer)
             match answer:
                 case Won():
+                    reach(Fault.STANDBY_CLAIM_WON)
                     self._events.append(protocol.ClaimWon(answer.term))
                 case Lost():
                     self._events.append(protocol.ClaimLost(answer.term, answer.holder))
@@ -185,12 +222,13 @@ class StandbyWorker:
     def _observe_qemu(self) -> None:
         try:
             self._parts.session.pump()
+            if self._data.state is State.CLAIMING and self._data.ahead is protocol.Ahead.ALIVE:
+                self.takeover.rest_if_late()
             gone = _ready(self._parts.qemu.fileno())
         except KageError:
             gone = True
         if gone:
-            self._reason = "the standby's QEMU has died"
-            self._events.append(protocol.Failed(self._reason))
+            self._fail("the standby's QEMU has died")
 
     def _observe_session(self) -> None:
         session = self._session
@@ -198,6 +236,7 @@ class StandbyWorker:
             return
         try:
             for received in session.receive():
+                self._last_heard = session.last_heard  # it may have been answered, whatever becomes of the session
                 self._take_received(received)
                 # Each checkpoint is acknowledged before the next frame is looked at.
                 self._step_all()
@@ -205,20 +244,27 @@ class StandbyWorker:
                     return
             session.beat(self._lease.lease_ms / 1000 / BEATS_PER_LEASE)
         except (PeerError, TransientError) as error:
-            self._reason = str(error)
-            self._events.append(protocol.LinkLost(self._reason))
+            self._link_lost(session, error)
         except GuestError as error:
-            self._reason = str(error)
-            self._events.append(protocol.Failed(self._reason))
+            self._fail(str(error))
         # While there is no room for more, silence is our own doing.
         self._last_heard = session.last_heard if session.can_read else time.monotonic()
 
-    def _take_received(self, received: WholeCheckpoint | PrimarySaid) -> None:
+    def _link_lost(self, session: ReceivingSession, error: KageError) -> None:
+        self._reason = str(error)
+        if session.link.ended:
+            self._broken_t = time.monotonic()
+        self._events.append(protocol.LinkLost(self._reason))
+
+    def _take_received(self, received: Received) -> None:
         match received:
             case WholeCheckpoint(checkpoint):
-                self._take_rules(checkpoint)
-                self._whole[checkpoint.epoch] = checkpoint
+                self._checkpoints.add(checkpoint)
                 self._events.append(protocol.CheckpointComplete(checkpoint.epoch))
+            case OutputTold(HeldOutput() as output):
+                self._output.add(output)
+            case OutputTold(OutputLeft(epoch)):
+                self._output.left(epoch)
             case PrimarySaid(HandOver(reason=reason)):
                 self._reason = f"the primary hands over: {reason}"
                 self._events.append(protocol.GuestDied(self._reason))
@@ -226,55 +272,20 @@ class StandbyWorker:
                 self._reason = f"the primary ends the protection: {reason}"
                 self._events.append(protocol.PrimaryLeft(self._reason))
 
-    def _take_rules(self, checkpoint: CommittedCheckpoint) -> None:
-        """Read the rules that came with a checkpoint before it is acknowledged: it must not name ones we cannot keep.
+    def _take_applied(self) -> None:
+        while (applied := self._checkpoints.take_applied()) is not None:
+            if self._session is not None:
+                self._session.free(applied.checkpoint.slot)
+            try:
+                self._checkpoints.note_applied(applied)
+            except KageError as error:
+                self._fail(str(error))
+            else:
+                self._events.append(protocol.CheckpointApplied(applied.checkpoint.epoch))
 
-        :raise WireError: they make no sense.
-        """
-        begin, size = checkpoint.totals.device_bytes, checkpoint.totals.rules_bytes
-        if not size:
-            return
-        encoded = self._parts.slots[checkpoint.slot].device[begin : begin + size].tobytes()
-        try:
-            self._rules[checkpoint.epoch] = decode(encoded)
-        except ConfigError as error:
-            raise WireError(f"the rule set cannot be read: {error}", epoch=checkpoint.epoch) from error
-
-    def _keep_rules(self, epoch: Epoch) -> None:
-        """The rules that came with an applied checkpoint are those of this VM from now on."""
-        version = self._rules.pop(epoch, None)
-        if version is None:
-            return
-        try:
-            with RuleStore(self._config.state_dir, self._config.vm.name) as store:
-                store.adopt(version)
-        except KageError as error:
-            self._reason = f"the rules cannot be kept: {error}"
-            self._events.append(protocol.Failed(self._reason))
-
-    def _take_applied(self, applied: Applied) -> None:
-        self._applying -= 1
-        if self._session is not None:
-            self._session.free(applied.checkpoint.slot)
-        if applied.error is not None:
-            self._cannot_write(applied.error)
-            return
-        self._device_state = applied.device_state
-        self._keep_rules(applied.checkpoint.epoch)
-        totals = applied.checkpoint.totals
-        self._log.write(
-            CheckpointApplied(
-                t=time.monotonic(),
-                epoch=applied.checkpoint.epoch,
-                received_bytes=totals.wire_bytes,
-                apply_us=applied.apply_us,
-            )
-        )
-        self._events.append(protocol.CheckpointApplied(applied.checkpoint.epoch))
-
-    def _cannot_write(self, error: OSError) -> None:
-        self._reason = f"the standby's memory cannot be written: {error}"
-        self._events.append(protocol.Failed(self._reason))
+    def _fail(self, reason: str) -> None:
+        self._reason = reason
+        self._events.append(protocol.Failed(reason))
 
     def _introduce(self, caller: Caller) -> None:
         """Check whether a caller fits; then it is the machine's to accept it."""
@@ -287,35 +298,22 @@ class StandbyWorker:
         hello = caller.hello
         self._events.append(protocol.PrimaryConnected(Term(hello.term), Term(hello.tried), Epoch(hello.first_epoch)))
 
-    def _misfit(self, caller: Caller) -> tuple[RefusalCode, str] | None:
-        hello, machine = caller.hello, self._parts.machine
-        if hello.common_version() is None:
-            return RefusalCode.VERSION, "no common version of the wire format"
-        if hello.vm_name != self._config.vm.name:
-            return (
-                RefusalCode.VM_NAME,
-                f"this standby is for VM {self._config.vm.name!r}, not {hello.vm_name!r}",
-            )
-        if self._data.state in protocol.DECIDED:
-            return None
-        if hello.machine_type != machine.type:
-            return RefusalCode.MACHINE, f"machine type is {hello.machine_type} there and {machine.type} here"
-        if _version(hello.qemu_version) > _version(machine.qemu_version):
-            return (
-                RefusalCode.MACHINE,
-                f"QEMU is {hello.qemu_version} there and older here: {machine.qemu_version}",
-            )
-        difference = same_layout(hello.image(), machine.image)
-        return None if difference is None else (RefusalCode.LAYOUT, difference)
+    def _misfit(self, caller: Caller) -> Misfit | None:
+        problem = misfit_of_name(caller.hello, self._config.vm.name)
+        if problem is not None or self._data.state in protocol.DECIDED:
+            return problem
+        return misfit_of_machine(caller.hello, self._parts.machine)
 
     # --- the machine and its effects ----------------------------------------------------------------------------
 
     def _step_all(self) -> None:
-        while self._events:
+        self._perform_all()
+        while self._events and not self._effects:
             event = self._events.popleft()
             if isinstance(event, protocol.HeartbeatLost | protocol.GuestDied):
                 self._decided_t = time.monotonic()
                 self._reason = event.reason
+                reach(Fault.STANDBY_DECIDED)
             try:
                 self._data, effects = protocol.advance(self._data, event)
             except ProtocolError as error:
@@ -327,25 +325,58 @@ class StandbyWorker:
                 if self._data.state in protocol.TERMINAL:
                     continue
                 raise
-            for effect in effects:
-                self._perform(effect)
+            self._pace.set(urgent=self._data.state not in LEISURELY)
+            self._effects.extend(effects)
+            self._perform_all()
             self._log_state()
+
+    def _perform_all(self) -> None:
+        """The effects, in their order. Those behind a term that cannot be recorded wait until it can."""
+        while self._effects and time.monotonic() >= self._record_t:
+            effect = self._effects[0]
+            try:
+                self._perform(effect)
+            except TransientError as error:
+                if not isinstance(effect, protocol.RecordTried | protocol.RecordTerm):
+                    raise
+                self._cannot_record(error)
+                return
+            self._effects.popleft()
+            if self._record_t:
+                self._record_t, self._reason = 0.0, self._data.reason
+
+    def _cannot_record(self, error: TransientError) -> None:
+        """Nothing is done on the strength of a term that is not on the disk. A checkpoint that the primary may be lost
+        with is kept until there is room; else the primary is told to look for another standby.
+        """
+        self._reason = str(error)
+        if self._data.state in (State.CLAIMING, *protocol.COMING):
+            self._record_t = time.monotonic() + RECORD_RETRY_S
+            self._log_state()
+            return
+        self._effects.clear()
+        if self._caller is not None:
+            self._refuse(self._caller, RefusalCode.STATE, self._reason, self._data.term)
+            self._caller = None
+            self._events.appendleft(protocol.LinkLost(self._reason))
+        else:
+            self._events.appendleft(protocol.Failed(self._reason))
 
     def _perform(self, effect: protocol.Effect) -> None:
         match effect:
             case protocol.Acknowledge():
-                self._parts.inbound.committed(self._whole[effect.epoch].inbound_seen)
-                self._say(lambda session: session.acknowledge(effect.epoch))
+                self._acknowledge(effect.epoch)
+                reach(Fault.STANDBY_ACKNOWLEDGED)
             case protocol.ApplyCheckpoint():
-                self._applying += 1
-                self._parts.applier.apply(self._whole.pop(effect.epoch))
+                self._checkpoints.apply(effect.epoch)
             case protocol.DropSession():
                 if self._session is not None:
                     self._dropped_partial = self._session.abandon()
                     self._session = None
             case protocol.PrepareMemory():
-                self._prepare_memory()
+                self._empty_memory()
             case protocol.AcceptSession():
+                reach(Fault.STANDBY_EMPTIED)
                 self._accept(effect.term)
             case protocol.RefuseSession():
                 assert self._caller is not None
@@ -367,21 +398,33 @@ class StandbyWorker:
                 self._node.terms.record_tried(effect.term)
             case protocol.RecordTerm():
                 self._node.terms.record(effect.term, own=self._data.state in protocol.DECIDED)
+            case protocol.HoldOutput():
+                self._go(lambda way: way.hold())
             case protocol.OpenGate():
-                self._replay()
-                self._parts.network.set_mode(GateMode.PASS)
+                ahead = self._output.take(effect.epoch)
+                self._go(lambda way: way.open(self._data.term, self._data.committed, ahead))
             case protocol.Activate():
-                self._activate(effect.epoch)
+                self._activate()
             case protocol.StopGuest():
                 self._parts.qemu.stop()
             case _:
                 self._perform_claim(effect)
+
+    def _acknowledge(self, epoch: Epoch) -> None:
+        """The commit point. The switch is told first: what it holds of the epoch waits for nothing else."""
+        checkpoint = self._checkpoints.whole(epoch)
+        self._parts.inbound.committed(checkpoint.inbound_seen)
+        if self._parts.switch is not None:
+            self._parts.switch.tell_committed(checkpoint.switch_session, epoch, self._data.term)
+            reach(Fault.STANDBY_SWITCH_TOLD)
+        self._say(lambda session: session.acknowledge(epoch))
 
     def _perform_claim(self, effect: protocol.Effect) -> None:
         claimant = self._parts.claimant
         match effect:
             case protocol.Claim() if claimant is not None:
                 claimant.claim(effect.term)
+                reach(Fault.STANDBY_CLAIM_SENT)
             case protocol.DropClaim():
                 if claimant is not None:
                     claimant.drop()
@@ -397,34 +440,22 @@ class StandbyWorker:
         try:
             send(self._session)
         except (PeerError, TransientError) as error:
-            self._reason = str(error)
-            self._events.append(protocol.LinkLost(self._reason))
+            self._link_lost(self._session, error)
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
-    def _prepare_memory(self) -> None:
-        """Nothing of an earlier session may be written after this."""
-        while self._applying:
-            select.select([self._parts.applier], [], [])
-            while (applied := self._parts.applier.take()) is not None:
-                self._applying -= 1
-                if applied.error is not None:
-                    self._cannot_write(applied.error)
-        for checkpoint in self._whole.values():  # never acknowledged, so never applied
-            self._parts.slots[checkpoint.slot].trim(checkpoint.totals.data_bytes)
-        self._whole.clear()
-        self._rules.clear()
-        self._device_state = b""
+    def _empty_memory(self) -> None:
         try:
-            self._parts.memory.clear()
-        except OSError as error:
-            self._cannot_write(error)
+            self._checkpoints.empty()
+        except GuestError as error:
+            self._fail(str(error))
 
     def _accept(self, term: Term) -> None:
         assert self._caller is not None
         caller, self._caller = self._caller, None
         self._parts.inbound.expect(self._config.vm.name, term)
-        self._peer = caller.peer
+        self._output.clear()
+        self._peer, self._broken_t = caller.peer, None
         parts = self._parts
         self._session = ReceivingSession(caller.link, term, parts.machine.image, parts.memory, parts.slots)
         self._last_heard = time.monotonic()
@@ -443,49 +474,43 @@ class StandbyWorker:
 
     def _refuse(self, caller: Caller, code: RefusalCode, reason: str, term: Term) -> None:
         self._refusals.note(caller.peer, reason)
-        try:
-            caller.link.send(encode(Refused(code=code, reason=reason, term=term), term=term))
-        except (PeerError, TransientError):
-            return  # it did not wait for the answer, and will ask again
-        finally:
-            caller.link.close()
-
-    def _replay(self) -> None:
-        """What the guest was sent since the checkpoint waits for it in its tap, ahead of what comes newly."""
-        parts = self._parts
-        frames = parts.inbound.finish()
-        try:
-            self._replayed = deliver(parts.network.namespace_fd, VM, frames).frames
-        except KageError as error:  # clients will send again, as to any host
-            self._reason = f"{self._reason}; inbound frames cannot be replayed: {error}"
-        self._lost_inbound = parts.inbound.statistics().store.missing
+        send_away(caller, code, reason, term)
 
     # --- takeover -----------------------------------------------------------------------------------------------
 
-    def _activate(self, epoch: Epoch) -> None:
+    def _go(self, step: Callable[[Takeover], None]) -> None:
         try:
-            self._parts.incoming.activate(self._device_state)
-        except KageError as error:
-            self._reason = f"QEMU does not take the checkpoint: {error}"
-            self._events.append(protocol.Failed(self._reason))
+            step(self.takeover)
+        except FencedError as error:
+            self._fail(str(error))
             return
-        resumed_t = time.monotonic()
-        self._reason = self._data.reason
+        self._reason = "; ".join((self._data.reason, *self.takeover.trouble))
+
+    def _activate(self) -> None:
+        try:
+            self.takeover.activate(self._checkpoints.device_state)
+        except KageError as error:
+            self._fail(f"QEMU does not take the checkpoint: {error}")
+        else:
+            self._events.append(protocol.Activated())
+
+    def _log_takeover(self) -> None:
+        way = self.takeover
         self._log.write(
             TakenOver(
-                t=resumed_t,
-                epoch=epoch,
+                t=time.monotonic(),
+                epoch=self._data.committed,
                 term=self._data.term,
                 reason=self._data.reason,
                 last_heard_t=self._last_heard,
                 decided_t=self._decided_t,
-                resumed_t=resumed_t,
+                resumed_t=way.resumed_t,
                 dropped_partial=self._dropped_partial,
-                replayed_frames=self._replayed,
-                missing_frames=self._lost_inbound,
+                replayed_frames=way.replayed,
+                missing_frames=way.missing,
+                resent_frames=way.resent,
             )
         )
-        self._events.append(protocol.Activated())
 
     def _log_state(self) -> None:
         """Tell a new state, and a new reason in the old one: a lost link changes nothing until the clock decides."""
@@ -496,11 +521,6 @@ def _ready(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """The number at the beginning of QEMU's version."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.split(" ", 1)[0])[:3])
 
 
 def term_to_claim_of(node: Node, newest: Claimed | None, *, first: bool) -> Term | None:
@@ -527,9 +547,11 @@ def run_standby(node: Node, *, in_turns: bool = False) -> tuple[protocol.Data, T
     with ExitStack() as guest:
         with ExitStack() as stack:
             parts = set_up(node, guest, stack)
-            raise_priority()
-            data = StandbyWorker(node, parts, in_turns=in_turns).run()
+            worker = StandbyWorker(node, parts, in_turns=in_turns)
+            data = worker.run()
         if data.state is not State.ACTIVE:
             return data, None
         after = Epoch(data.committed + 1)
-        return data, TakenOverGuest(parts.network, parts.qemu, parts.session, parts.machine, after, guest.pop_all())
+        return data, TakenOverGuest(
+            parts.network, parts.qemu, parts.session, parts.machine, after, worker.takeover.put_back, guest.pop_all()
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from kagemusha.agents.node import Node, make_claimant
+from kagemusha.agents.node import Node, identity_of, make_claimant
+from kagemusha.agents.standby_switch import StandbyAtSwitch
 from kagemusha.commit.acceptor import Acceptor
 from kagemusha.commit.applier import Applier
 from kagemusha.commit.memory import StandbyMemory
@@ -26,7 +27,7 @@ from kagemusha.transport import link, tls
 
 @dataclass(frozen=True, slots=True)
 class StandbyParts:
-    """What the worker works with. ``claimant``: None without an arbiter."""
+    """What the worker works with. ``claimant``: None without an arbiter; ``switch``: None: frames are held here."""
 
     network: GateNetwork
     qemu: QemuProcess
@@ -39,6 +40,8 @@ class StandbyParts:
     acceptor: Acceptor
     claimant: Claimant | None
     inbound: InboundReceiver
+    switch: StandbyAtSwitch | None
+    identity: str
 
 
 def set_up(node: Node, guest: ExitStack, stack: ExitStack) -> StandbyParts:
@@ -55,7 +58,7 @@ def set_up(node: Node, guest: ExitStack, stack: ExitStack) -> StandbyParts:
     context = tls.context(config.tls, "server")
     listener = link.listen(config.standby.listen)
     stack.callback(listener.close)
-    network = GateNetwork.build(config.vm.name, "standby", config.network)
+    network = GateNetwork.build(config.vm.name, "standby", config.network, switched=config.held_at is not None)
     guest.callback(network.close)
     qemu, session = launch(
         config.vm.command,
@@ -69,7 +72,8 @@ def set_up(node: Node, guest: ExitStack, stack: ExitStack) -> StandbyParts:
     guest.callback(qemu.close)
     guest.callback(qemu.stop)
     guest.callback(session.close)
-    claimant = make_claimant(node, qemu, stack)  # forks: before there are threads
+    identity = identity_of(node, qemu)
+    claimant = make_claimant(node, identity, stack)  # forks: before there are threads
     machine = inspect(session)
     incoming = IncomingGuest(session, machine.type)
     stack.callback(incoming.close)
@@ -81,4 +85,21 @@ def set_up(node: Node, guest: ExitStack, stack: ExitStack) -> StandbyParts:
     stack.callback(inbound.close)
     acceptor = Acceptor(listener, context, inbound.offer)
     stack.callback(acceptor.close)
-    return StandbyParts(network, qemu, session, incoming, machine, slots, memory, applier, acceptor, claimant, inbound)
+    switch = StandbyAtSwitch(config) if config.held_at is not None else None
+    if switch is not None:
+        stack.callback(switch.close)
+    return StandbyParts(
+        network,
+        qemu,
+        session,
+        incoming,
+        machine,
+        slots,
+        memory,
+        applier,
+        acceptor,
+        claimant,
+        inbound,
+        switch,
+        identity,
+    )

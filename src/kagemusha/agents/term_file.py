@@ -11,7 +11,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kagemusha.errors import ConfigError
+from kagemusha.errors import ConfigError, TransientError
+from kagemusha.kernel.fault_point import reach
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import FIRST_TERM, NO_TERM, Term
 
 
@@ -64,34 +66,47 @@ class TermFile:
     def record(self, term: Term, *, own: bool) -> None:
         """Make durable that a guest runs in ``term``, here or elsewhere.
 
-        :raise OSError: the disk refuses.
+        :raise TransientError: the disk refuses.
         """
         self._write(replace(self.terms, held=term, tried=max(term, self.terms.tried), own=own, known=True))
 
     def record_agreed(self, term: Term) -> None:
         """Make durable that ``term`` was agreed to with a primary.
 
-        :raise OSError: the disk refuses.
+        :raise TransientError: the disk refuses.
         """
         self._write(replace(self.terms, tried=max(term, self.terms.tried), agreed=term, known=True))
 
     def record_tried(self, term: Term) -> None:
         """Make durable that ``term`` is being claimed.
 
-        :raise OSError: the disk refuses.
+        :raise TransientError: the disk refuses.
         """
         self._write(replace(self.terms, tried=max(term, self.terms.tried), known=True))
 
     def _write(self, terms: Terms) -> None:
+        try:
+            self._replace(f"{terms.held} {terms.tried} {terms.agreed} {int(terms.own)}\n")
+        except OSError as error:
+            raise TransientError(
+                f"{self._path} cannot be written: {error.strerror}",
+                operation="record the term",
+                hint="make room for it",
+            ) from error
+        self.terms = terms
+        reach(Fault.TERM_RECORDED)
+
+    def _replace(self, text: str) -> None:
+        reach(Fault.TERM_RECORDING)
         temporary = self._path.with_suffix(".term.new")
         with open(temporary, "w", encoding="ascii") as file:
-            file.write(f"{terms.held} {terms.tried} {terms.agreed} {int(terms.own)}\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        reach(Fault.TERM_WRITTEN)
         os.replace(temporary, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-        self.terms = terms

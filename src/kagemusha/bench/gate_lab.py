@@ -21,9 +21,8 @@ from __future__ import annotations
 import os
 import subprocess
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
+from kagemusha.demo.scope import Scope
 from kagemusha.demo.topology import delete_namespaces
 from kagemusha.errors import UnsupportedError
 from kagemusha.gate import devices
@@ -88,7 +87,7 @@ class Gate:
             self.network.set_mode(GateMode.PASS)
 
 
-class GateLab:
+class GateLab(Scope):
     """The namespaces and gates. The process that enters it must have no threads: the gates are forked from it.
 
     :param prefix: unique, at most 12 characters; part of the name of every namespace.
@@ -101,36 +100,27 @@ class GateLab:
         self._prefix = prefix
         self.guest, self.client = f"{prefix}-guest", f"{prefix}-client"
         self.gates: dict[str, Gate] = {}
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         """Make everything.
 
         :raise UnsupportedError: not root, no iproute2, or the kernel refuses something.
         """
-        with ExitStack() as stack:
-            stack.callback(delete_namespaces, self._prefix)
-            try:
-                host = self._make_devices(stack)
-            except OSError as error:
-                raise UnsupportedError(
-                    str(error), operation="make the benchmark's network", hint="network namespaces need root"
-                ) from error
-            for lane, network in (
-                (UPLINK, NetworkTable(uplink=f"n-{UPLINK}", tap=f"g-{UPLINK}")),
-                (BRIDGED, NetworkTable(bridge=f"b-{BRIDGED}", tap=f"g-{BRIDGED}")),
-            ):
-                gate = Gate(f"{self._prefix}-{lane}", host, network, stack)
-                gate.process.pass_all()
-                gate.network.set_mode(GateMode.PASS)
-                self.gates[lane] = gate
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        stack.callback(delete_namespaces, self._prefix)
+        try:
+            host = self._make_devices(stack)
+        except OSError as error:
+            raise UnsupportedError(
+                str(error), operation="make the benchmark's network", hint="network namespaces need root"
+            ) from error
+        for lane, network in (
+            (UPLINK, NetworkTable(uplink=f"n-{UPLINK}", tap=f"g-{UPLINK}")),
+            (BRIDGED, NetworkTable(bridge=f"b-{BRIDGED}", tap=f"g-{BRIDGED}")),
+        ):
+            gate = Gate(f"{self._prefix}-{lane}", host, network, stack)
+            gate.process.pass_all()
+            gate.network.set_mode(GateMode.PASS)
+            self.gates[lane] = gate
 
     def _make_devices(self, stack: ExitStack) -> int:
         """All namespaces and devices but the gates'; a descriptor of the host's namespace."""

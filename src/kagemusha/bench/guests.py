@@ -16,7 +16,7 @@ from kagemusha.demo.observations import MachineFacts, of_kind
 from kagemusha.demo.options import DemoOptions
 from kagemusha.demo.report import MB, median_dirty_bytes, percentile
 from kagemusha.demo.run import DemoRun
-from kagemusha.errors import KageError, TransientError
+from kagemusha.errors import TransientError
 from kagemusha.guest.accel import READY_LINE
 from kagemusha.model.events import EpochCommitted, FloorMeasured, SyncProgress
 
@@ -116,14 +116,10 @@ def measure(options: DemoOptions, load: Load, seconds: float, display: Display) 
     :raise KageError: it could not be carried out; the notes of the error hold the tails of all logs.
     """
     options = replace(options, guest_program=load.guest_program)
-    with DemoRun(options, display) as run:
-        try:
-            with display:
-                before = _watch(run, load, seconds)
-            return _measured(run, before, seconds)
-        except KageError as error:
-            error.add_note(run.tails())
-            raise
+    with DemoRun(options, display) as run, run.directory.logs_in_errors():
+        with display:
+            before = _watch(run, load, seconds)
+        return _measured(run, before, seconds)
 
 
 def _watch(run: DemoRun, load: Load, seconds: float) -> int:

@@ -22,9 +22,9 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
+from kagemusha.demo.image import CALLS_FILE
+from kagemusha.demo.scope import Scope
 from kagemusha.errors import TransientError
 from kagemusha.gate.devices import VM
 from kagemusha.kernel import netns
@@ -47,7 +47,7 @@ _TRY_S = 0.2
 
 def echo_program(address: str) -> str:
     """Shell text for the guest: SIPp answers calls, and echoes media."""
-    return f"sipp -sn uas -i {address} -rtp_echo -mp {ECHO_PORT} -nostdin >/dev/null"
+    return f"sipp -sf {CALLS_FILE} -i {address} -rtp_echo -mp {ECHO_PORT} -nostdin >/dev/null"
 
 
 PacketKey = tuple[int, int]
@@ -105,7 +105,7 @@ def _stamped(receiver: socket.socket) -> tuple[bytes, int, tuple[object, ...]] |
     raise TransientError("the kernel gave no time of arrival", operation="time media")
 
 
-class MediaCalls:
+class MediaCalls(Scope):
     """Several calls between the client and the guest, for as long as it is entered.
 
     :param guest: address of the guest.
@@ -118,41 +118,32 @@ class MediaCalls:
         self._target = (guest, ECHO_PORT)
         self._namespaces = (client_namespace, gate_namespace)
         self._calls = calls
-        self._stack = ExitStack()
         self._sent: dict[PacketKey, int] = {}
         self._departed: dict[PacketKey, int] = {}
         self._arrived: dict[PacketKey, int] = {}
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         """Open the sockets."""
-        with ExitStack() as stack:
-            client, gate = (self._open(stack, name) for name in self._namespaces)
-            self._selector = stack.enter_context(selectors.DefaultSelector())
-            with netns.entered(gate):
-                self._tap = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
-            with netns.entered(client):
-                self._phones = [
-                    stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(self._calls)
-                ]
-            for each in (self._tap, *self._phones):
-                each.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-                each.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-                each.setblocking(False)
-                self._selector.register(each, selectors.EVENT_READ)
-            self._tap.bind((VM, _ETH_P_ALL))  # a socket for IP alone would come after the gate, and get nothing
-            self._stack = stack.pop_all()
-        return self
+        client, gate = (self._open(stack, name) for name in self._namespaces)
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+        with netns.entered(gate):
+            self._tap = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+        with netns.entered(client):
+            self._phones = [
+                stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(self._calls)
+            ]
+        for each in (self._tap, *self._phones):
+            each.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+            each.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            each.setblocking(False)
+            self._selector.register(each, selectors.EVENT_READ)
+        self._tap.bind((VM, _ETH_P_ALL))  # a socket for IP alone would come after the gate, and get nothing
 
     @staticmethod
     def _open(stack: ExitStack, name: str) -> int:
         fd = netns.open_named(name)
         stack.callback(os.close, fd)
         return fd
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def await_echo(self) -> None:
         """Until the guest echoes; what was sent meanwhile is forgotten.

@@ -30,10 +30,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 from kagemusha.bench.programs import Program
+from kagemusha.demo.scope import Scope
 
 PORT = 5001
 REQUEST = struct.Struct("!cQ")
@@ -152,7 +151,7 @@ def ask(hosts: Sequence[str]) -> None:
         print(measure(connections[index], Kind[name], count, buffer), flush=True)
 
 
-class Traffic:
+class Traffic(Scope):
     """Both processes, in their namespaces, for as long as it is entered.
 
     :param hosts: the guest's addresses as the client reaches them: one path each.
@@ -165,38 +164,29 @@ class Traffic:
     ) -> None:
         self._guest, self._client, self._hosts, self._environment = guest, client, hosts, environment
         self._separate = separate
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         """Start both and connect.
 
         :raise PeerError: one of them ended.
         """
         cpus = sorted(os.sched_getaffinity(0))
         addresses = [word for host in self._hosts for word in ("--host", host)]
-        with ExitStack() as stack:
-            self._start(stack, self._guest, "guest", "--cpu", str(cpus[0]))
-            self._asked = self._start(
-                stack,
-                self._client,
-                "client",
-                "--cpu",
-                str(cpus[-1 if self._separate else 0]),
-                *addresses,
-            )
-            self._stack = stack.pop_all()
-        return self
+        self._start(stack, self._guest, "guest", "--cpu", str(cpus[0]))
+        self._asked = self._start(
+            stack,
+            self._client,
+            "client",
+            "--cpu",
+            str(cpus[-1 if self._separate else 0]),
+            *addresses,
+        )
 
     def _start(self, stack: ExitStack, namespace: str, *words: str) -> Program:
         program = Program(namespace, "kagemusha.bench.traffic", *words, environment=self._environment)
         stack.enter_context(program)
         program.expect(READY)
         return program
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def measure_ns(self, path: int, kind: Kind, count: int) -> int:
         """One measurement on a path, in nanoseconds.

@@ -1,9 +1,9 @@
 """Whether to copy pages while QEMU saves the devices, or after it: what this host has shown to be quicker.
 
-Beside the save the two overlap, but every page table that is protected again interrupts the CPU QEMU is saving on, the
-two compete for caches, and a second look is needed afterwards. With spare cores and much to copy the overlap wins; on
-few cores, or with little to copy, it loses. docs/adr/0003-copy-order.md has the measurement. So both are tried: the
-one with the shorter recent pauses is used, the other now and then, so that a change is noticed.
+Beside the save the two overlap, but compete for cores and caches, and pages that were written last are copied twice.
+With spare cores and much to copy the overlap wins; on few cores, or with little to copy, it loses.
+docs/adr/0003-copy-order.md has the measurement. So both are tried: the one with the shorter recent pauses is used, the
+other now and then, so that a change is noticed.
 
 Both orders give the same checkpoint; nothing but the length of the pause depends on the choice.
 """
@@ -19,7 +19,7 @@ WEIGHT = 1 / 8
 class CopyOrder(enum.Enum):
     """When pages are copied."""
 
-    BESIDE_SAVE = "beside"  # and what the save wrote is copied after it
+    BESIDE_SAVE = "beside"  # and what was written last is copied after it
     AFTER_SAVE = "after"
 
     @property

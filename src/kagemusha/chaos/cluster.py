@@ -1,7 +1,7 @@
 """Three nodes on one machine, each in a network namespace of its own, with an arbiter, a switch and a client.
 
-A node has its own view of /run/netns, as on a machine of its own; its state outlives its processes. Everything carries
-the run's name and is gone when the cluster is left.
+A node has its own view of /run/netns, as on a machine of its own; its state outlives its processes, on a small disk of
+its own. Its fault points can be armed. Everything carries the run's name and is gone when the cluster is left.
 """
 
 from __future__ import annotations
@@ -9,140 +9,83 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
 
+from kagemusha.chaos.disk import StateDisks
 from kagemusha.chaos.etcd import EtcdServer
-from kagemusha.demo.follow import EventReader
-from kagemusha.demo.image import build_image, default_cache_dir
+from kagemusha.chaos.form import Form
+from kagemusha.chaos.network import ManagementNetwork
+from kagemusha.chaos.node_process import NODE_MARK, NodeProcess
+from kagemusha.chaos.switch_agent import SwitchAgent
+from kagemusha.demo.image import REDIS_PORT, WITNESS_PORT, build_image, default_cache_dir
 from kagemusha.demo.options import DemoOptions
-from kagemusha.demo.processes import Process, descendants, end_marked, signal_together
+from kagemusha.demo.processes import signal_together
 from kagemusha.demo.rundir import RunDirectory, sweep
-from kagemusha.demo.sides import SERIAL_FILE, STREAM_PORT, Machine, kage_program, qemu_command
-from kagemusha.demo.topology import (
-    ARBITER,
-    BRIDGE,
-    GUEST_ADDRESS,
-    Topology,
-    inside,
-    management_host,
-    management_port,
-)
+from kagemusha.demo.scope import Scope
+from kagemusha.demo.sides import STREAM_PORT, Machine, kage_program, qemu_command
+from kagemusha.demo.topology import ARBITER, BRIDGE, GUEST_ADDRESS, SWITCH, Topology, apart, inside, management_host
 from kagemusha.errors import TransientError
-from kagemusha.guest.accel import QEMU, READY_LINE, usable_accelerator
-from kagemusha.kernel import bpf, netns
-from kagemusha.kernel.netlink import Links
-from kagemusha.model.events import Event, StateChanged
+from kagemusha.guest.accel import KERNEL_WORDS, QEMU, READY_LINE, usable_accelerator
+from kagemusha.kernel import netns
+from kagemusha.kernel.fault_point import FILE_VARIABLE, FaultBoard
 
 HOSTS = ("a", "b", "c")
-NODE_MARK = "KAGE_CHAOS_NODE"
 GUEST_HOST = GUEST_ADDRESS.split("/")[0]
-PATTERN = "exec%20pattern%2048%2020"  # 48 MB, 20 MB/s, each page checked before it is written again
+PATTERN = f"exec%20pattern%2048%2020%20{WITNESS_PORT}"  # 48 MB, 20 MB/s, each page checked before it is written again
 SETTLE_LIMIT_S = 90.0
 POLL_S = 0.02
-NOBODY = "02:00:00:00:00:01"
-_EventT = TypeVar("_EventT", bound=Event)
+CONNECT_LIMIT_S = 1.0
 
 
-class NodeProcess:
-    """One start of ``kage node``.
+class Cluster(Scope):
+    """Use as a context manager; then :meth:`begin`.
 
-    :ivar events: what it has reported so far.
+    :ivar nodes: the nodes as they are now; ``ended``: those before them, until they are forgotten.
+    :ivar boards: the fault points of each host, and of a switch that is one, by its end's name.
+    :ivar network: between the hosts and the arbiter.
     """
 
-    def __init__(self, host: str, folder: Path, command: list[str], environment: Mapping[str, str]) -> None:
-        self.host = host
-        self.folder = folder
-        self.events: list[Event] = []
-        self.mark = environment[NODE_MARK]
-        self._reader = EventReader(folder / "events.jsonl")
-        with (folder / "worker.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def of(self, kind: type[_EventT]) -> list[_EventT]:
-        """All events of a kind up to now."""
-        self.events += self._reader.poll()
-        return [event for event in self.events if isinstance(event, kind)]
-
-    @property
-    def state(self) -> str:
-        """The last it has told; empty: none yet, or it has ended."""
-        changes = self.of(StateChanged)
-        return changes[-1].state if changes and self.alive else ""
-
-    @property
-    def alive(self) -> bool:
-        """The worker runs (or is frozen)."""
-        return self.process.poll() is None
-
-    def console(self) -> str:
-        """What the guest has printed here."""
-        path = self.folder / SERIAL_FILE
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def processes(self) -> tuple[Process, ...]:
-        """Worker, children and QEMU, deepest first."""
-        return descendants(self.process.pid)
-
-    def part(self, name: str) -> tuple[Process, ...]:
-        """``worker``, ``qemu``, ``host`` (all), or one of its processes by name."""
-        found = self.processes()
-        if name == "host":
-            return found
-        if name == "worker":
-            return found[-1:]
-        return tuple(each for each in found if (each.is_qemu if name == "qemu" else each.name == f"kage-{name}"))
-
-    def close(self) -> None:
-        """End every process of it."""
-        end_marked(NODE_MARK, self.mark)
-        self.process.wait()
-
-
-class Cluster:
-    """Use as a context manager; then :meth:`begin`."""
-
-    def __init__(self, *, keep: bool, progress: Callable[[str], None]) -> None:
+    def __init__(self, *, keep: bool, progress: Callable[[str], None], form: Form = Form.HOST) -> None:
+        self.form = form
         self.directory = RunDirectory(keep=keep)
         self.topology = Topology(self.directory.name, HOSTS)
         self.nodes: dict[str, NodeProcess] = {}
+        self.boards: dict[str, FaultBoard] = {}
+        self._asked: list[subprocess.Popen[bytes]] = []
         self.ended: list[NodeProcess] = []
         self._progress = progress
         self._starts = 0
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         sweep()
-        with ExitStack() as stack:
-            stack.enter_context(self.directory)
-            stack.enter_context(self.topology)
-            self.arbiter = EtcdServer(
-                self.directory.path / "etcd",
-                management_host(ARBITER),
-                inside(self.topology.arbiter, []),
-                self.directory.environment,
-            )
-            stack.callback(self.arbiter.close)
-            self._stack = stack.pop_all()
-        return self
+        stack.enter_context(self.directory)
+        stack.enter_context(self.topology)
+        for host in HOSTS:
+            self._state(host).mkdir(parents=True)
+            self.boards[host] = FaultBoard.create(self._board(host))
+        self.arbiter = self._make_arbiter()
+        stack.callback(self.arbiter.close)
+        self._disks = StateDisks([self._state(host) for host in HOSTS], self.directory.environment)
+        stack.callback(self._disks.close)
+        stack.callback(self._end_nodes)
+        self.network = ManagementNetwork(self.topology, self.form.arbiter_end, self.directory.environment)
+        stack.callback(self.network.close)
+        stack.callback(self._end_asked)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    def _make_arbiter(self) -> EtcdServer | SwitchAgent:
+        path, environment = self.directory.path, self.directory.environment
+        if self.form is Form.SWITCH:
+            (path / SWITCH).mkdir()
+            self.boards[SWITCH] = FaultBoard.create(self._board(SWITCH))
+            environment = {**environment, FILE_VARIABLE: str(self._board(SWITCH))}
+            return SwitchAgent(path / SWITCH, HOSTS, inside(self.topology.switch, []), environment)
+        where = inside(self.topology.arbiter, [])
+        return EtcdServer(path / "etcd", management_host(ARBITER), where, environment)
 
     def begin(self) -> None:
         """Start the arbiter and all nodes, boot the guest, wait until it is protected.
@@ -155,7 +98,7 @@ class Cluster:
             usable_accelerator(image.kernel, image.initrd, default_cache_dir()),
             image.kernel,
             image.initrd,
-            f"console=ttyS0 quiet panic=-1 kage.ip={GUEST_ADDRESS} kage.run={PATTERN}",
+            f"{KERNEL_WORDS} kage.ip={GUEST_ADDRESS} kage.run={PATTERN}",
         )
         self.arbiter.start()
         for host in HOSTS:
@@ -173,34 +116,46 @@ class Cluster:
         folder = base / f"start-{self._starts}"
         folder.mkdir(parents=True)
         (folder / "kage.toml").write_text(self._configuration(host, base))
-        private = 'mount -t tmpfs none /run/netns && exec "$@"'
         command = [
-            *inside(self.topology.hosts[host], []),
-            *("unshare", "--mount", "--propagation", "private", "sh", "-c", private, "sh"),
+            *inside(self.topology.hosts[host], [], mounts=self._disks.namespace, folder=folder),
+            *apart([]),
             *("setpriv", "--pdeathsig", "KILL", "--", kage_program(), "node"),
             *("--config", "kage.toml", "--events", "events.jsonl"),
         ]
-        environment = {**self.directory.environment, NODE_MARK: f"{self.directory.name}-{self._starts}"}
+        self.boards[host].disarm()
+        mark = f"{self.directory.name}-{self._starts}"
+        environment = {**self.directory.environment, NODE_MARK: mark, FILE_VARIABLE: str(self._board(host))}
         self.nodes[host] = NodeProcess(host, folder, command, environment)
+
+    def _state(self, host: str) -> Path:
+        return self.directory.path / host / "state"
+
+    def _board(self, host: str) -> Path:
+        return self.directory.path / host / "fault-points"
 
     def _configuration(self, host: str, base: Path) -> str:
         command = qemu_command(self._machine, DemoOptions())
         lines = [
             f"node = {json.dumps(host)}",
-            f"state_dir = {json.dumps(str(base / 'state'))}",
+            f"state_dir = {json.dumps(str(self._state(host)))}",
             f"runtime_dir = {json.dumps(str(base / 'run'))}",
             f"[vm]\nname = {json.dumps(self.directory.name)}\ncommand = {json.dumps(command)}",
             f"[network]\nbridge = {json.dumps(BRIDGE)}",
             "[tls]\ninsecure = true",
             f"[rules]\nvm_ips = {json.dumps([GUEST_HOST])}",
             "[primary]",
-            f'[arbiter]\nkind = "etcd"\nendpoints = {json.dumps([self.arbiter.url])}',
+            self._arbiter_configuration(),
         ]
         lines += [
             f"[[hosts]]\nname = {json.dumps(name)}\naddress = {json.dumps(f'{management_host(name)}:{STREAM_PORT}')}"
             for name in HOSTS
         ]
         return "\n".join(lines) + "\n"
+
+    def _arbiter_configuration(self) -> str:
+        if isinstance(self.arbiter, SwitchAgent):
+            return f'[switch]\naddress = "{self.arbiter.address}"\n[arbiter]\nkind = "switch"'
+        return f'[arbiter]\nkind = "etcd"\nendpoints = {json.dumps([self.arbiter.url])}'
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -232,18 +187,35 @@ class Cluster:
 
         def holds() -> bool:
             pair = self.pair
-            if pair is None:
+            if pair is None or pair not in since:
                 since.clear()
-                return False
-            return time.monotonic() - since.setdefault(pair, time.monotonic()) > 0.5
+            if pair is not None:
+                since.setdefault(pair, time.monotonic())
+            return any(time.monotonic() - since_t > 0.5 for since_t in since.values())
 
         self.wait(holds, "one node is protected by another")
-        pair = self.pair
-        assert pair is not None
-        return pair
+        ((active, standby),) = since
+        return active, standby
+
+    def guest_answers(self) -> bool:
+        """Whether the client gets a connection. One that was booted afresh may be protected before it is up."""
+        namespace = netns.open_named(self.topology.client)
+        try:
+            with netns.entered(namespace):
+                asking = socket.socket()
+        finally:
+            os.close(namespace)
+        with asking:
+            asking.settimeout(CONNECT_LIMIT_S)
+            return asking.connect_ex((GUEST_HOST, REDIS_PORT)) == 0
 
     def repair(self) -> None:
-        """Start the nodes that have ended."""
+        """Start the nodes that have ended.
+
+        :raise TransientError: the arbiter has; nobody who has killed it may leave it so.
+        """
+        if not self.arbiter.alive:
+            raise TransientError(f"the arbiter has ended by itself: {self.arbiter.last_words()}", operation="chaos")
         for host in HOSTS:
             if not self.nodes[host].alive:
                 self.start(host)
@@ -252,50 +224,52 @@ class Cluster:
         """Signal a part of a node; False: there is none at the moment."""
         return bool(signal_together(self.nodes[host].part(part), number).names)
 
-    # --- the management network ---------------------------------------------------------------------------------------
+    def thaw_of(self, host: str) -> Callable[[], None]:
+        """What lets go on whatever stands still of this node; of the node that it is now, not of one started later."""
+        node = self.nodes[host]
 
-    def cut(self, sender: str, receivers: Iterable[str]) -> None:
-        """What ``sender`` sends to these ends is lost: it believes in another address of theirs, which nobody has."""
-        for other in receivers:
-            if other != sender:
-                self._neighbour(sender, "replace", other, "lladdr", NOBODY, "nud", "permanent")
+        def thaw() -> None:
+            signal_together(node.processes(), signal.SIGCONT)
 
-    def heal(self) -> None:
-        """All frames between all ends get through again."""
-        for end in HOSTS:
-            for other in (*HOSTS, ARBITER):
-                if other != end:
-                    self._neighbour(end, "del", other, check=False)
-        self._at_ports(0.0)
+        return thaw
 
-    def lose(self, share: float) -> None:
-        """This share of what hosts and arbiter send is lost at random."""
-        self._at_ports(share)
+    def ask_switchover(self, host: str) -> None:
+        """As an operator would; nobody waits for the answer."""
+        node = self.nodes[host]
+        with (node.folder / "switchover.log").open("wb") as log:
+            asked = subprocess.Popen(
+                [kage_program(), "switchover", "--config", "kage.toml"],
+                cwd=node.folder,
+                env=self.directory.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._asked.append(asked)
 
-    def _at_ports(self, share: float) -> None:
-        namespace = netns.open_named(self.topology.switch)
-        program = bpf.lossy_program(share)
-        try:
-            with netns.entered(namespace), Links() as links:
-                for end in (*HOSTS, ARBITER):
-                    name = management_port(end)
-                    with suppress(OSError):  # it has one
-                        links.add_clsact(name)
-                    links.set_ingress_program(links.get(name).index, program)
-        finally:
-            os.close(program)
-            os.close(namespace)
+    def forget_ended(self) -> None:
+        """What has ended was judged; its records are of no more use."""
+        for node in self.ended:
+            node.forget()
+        self.ended.clear()
 
-    def _neighbour(self, end: str, verb: str, other: str, *more: str, check: bool = True) -> None:
-        command = ["ip", "-n", self.topology.hosts[end], "neigh", verb, management_host(other), "dev", "mgmt0", *more]
-        subprocess.run(command, check=check, capture_output=True)
+    def _end_nodes(self) -> None:
+        for host in list(self.nodes):
+            node = self.nodes.pop(host)
+            node.close()
+            self.ended.append(node)
+        self.forget_ended()
 
-    @contextmanager
-    def gate_namespace(self, host: str) -> Iterator[int]:
-        """A descriptor of the namespace with the guest's tap on a host that runs it."""
-        (gate,) = self.nodes[host].part("gate")
-        fd = os.open(f"/proc/{gate.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def _end_asked(self) -> None:
+        for asked in self._asked:
+            asked.kill()
+            asked.wait()
+        self._asked.clear()
+
+    def fill_disk(self, host: str) -> None:
+        """Nothing more can be written in the state folder of a host."""
+        self._disks.fill(self._state(host))
+
+    def free_disk(self, host: str) -> None:
+        """Undo that."""
+        self._disks.free(self._state(host))

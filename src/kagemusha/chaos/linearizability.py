@@ -27,6 +27,8 @@ _START: dict[Action, Hashable] = {
     Action.INCREMENT: 0,
     Action.COUNT: 0,
 }
+_CHANGES = (Action.WRITE, Action.APPEND, Action.INCREMENT)
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,63 +89,83 @@ def _seen(operation: Operation, result: Any) -> bool:
     return operation.returned_ns is None or operation.result == result
 
 
+_Order = tuple["_Order", int] | None
+"""Places in reverse: the last one, behind it the order that it continues. A step costs no copy."""
+
+
 class _Search:
-    """Of one key. Depth first, with a stack of its own: histories are longer than Python's."""
+    """Of one key. Depth first, with a stack of its own: histories are longer than Python's.
+
+    What is placed is a number, one bit for each operation: a set of the same would take a hundred times the memory,
+    and a search of a history that is wrong visits every state there is.
+    """
 
     def __init__(self, operations: Sequence[Operation], budget: int) -> None:
-        self._operations = sorted(operations, key=lambda each: each.invoked_ns)
+        ordered = sorted(operations, key=lambda each: each.invoked_ns)
+        answered = [each for each in ordered if each.returned_ns is not None]
+        # A read without an answer changes nothing, and nobody has seen it.
+        unanswered = [each for each in ordered if each.returned_ns is None and each.action in _CHANGES]
+        self._operations = [*answered, *unanswered]
+        self._answered = len(answered)
         self._budget = budget
-        self._longest: tuple[int, ...] = ()
+        self._longest: tuple[int, int, _Order] = (0, 0, None)  # how many, which, in which order
 
     def run(self) -> bool | None:
         """Whether there is an order; None: not decided within the budget."""
         operations = self._operations
-        needed = frozenset(place for place, each in enumerate(operations) if each.returned_ns is not None)
-        stack: list[tuple[tuple[int, ...], frozenset[int], Hashable]] = [
-            ((), frozenset(), _START[operations[0].action])
-        ]
-        tried: set[tuple[frozenset[int], Hashable]] = set()
+        if not operations:
+            return True
+        needed = (1 << self._answered) - 1
+        stack: list[tuple[int, int, Hashable, _Order]] = [(0, 0, _START[operations[0].action], None)]
+        tried: set[tuple[int, Hashable]] = set()
         while stack:
-            order, placed, state = stack.pop()
-            if needed <= placed:
+            count, placed, state, order = stack.pop()
+            if placed & needed == needed:
                 return True
             if (placed, state) in tried:
                 continue
             if len(tried) >= self._budget:
                 return None
             tried.add((placed, state))
-            if len(order) > len(self._longest):
-                self._longest = order
+            if count > self._longest[0]:
+                self._longest = (count, placed, order)
             for place in self._next(placed):
                 fits, then = after(state, operations[place])
                 if fits:
-                    stack.append(((*order, place), placed | {place}, then))
+                    stack.append((count + 1, placed | 1 << place, then, (order, place)))
         return False
 
-    def _next(self, placed: frozenset[int]) -> list[int]:
+    def _next(self, placed: int) -> list[int]:
         """Operations that may come next: invoked before any unplaced one had returned. The likeliest last."""
+        operations = self._operations
         found = []
         earliest_end = float("inf")
-        for place, each in enumerate(self._operations):
-            if place in placed:
+        for place in range((~placed & (placed + 1)).bit_length() - 1, self._answered):
+            each = operations[place]
+            if placed >> place & 1:
                 continue
             if each.invoked_ns > earliest_end:
                 break
             found.append(place)
-            if each.returned_ns is not None:
-                earliest_end = min(earliest_end, each.returned_ns)
-        answered = [place for place in found if self._operations[place].returned_ns is not None]
-        unanswered = [place for place in found if self._operations[place].returned_ns is None]
-        return [*unanswered, *reversed(answered)]
+            assert each.returned_ns is not None
+            earliest_end = min(earliest_end, each.returned_ns)
+        unanswered = [
+            place
+            for place in range(self._answered, len(operations))
+            if not placed >> place & 1 and operations[place].invoked_ns <= earliest_end
+        ]
+        return [*unanswered, *reversed(found)]
 
     def explanation(self) -> str:
         """For people."""
-        order = [self._operations[place] for place in self._longest]
-        stuck = [self._operations[place] for place in self._next(frozenset(self._longest))]
-        shown = [*(f"  then {_told(each)}" for each in order[-5:]), *(f"  but not {_told(each)}" for each in stuck[:8])]
-        return "\n".join(
-            [f"{len(order)} of {len(self._operations)} operations can be put in an order, at most:", *shown]
-        )
+        count, placed, order = self._longest
+        last: list[Operation] = []
+        while order is not None and len(last) < _SHOWN:
+            order, place = order
+            last.insert(0, self._operations[place])
+        stuck = [self._operations[place] for place in self._next(placed)]
+        shown = [*(f"  then {_told(each)}" for each in last), *(f"  but not {_told(each)}" for each in stuck[:8])]
+        return "\n".join([f"{count} of {len(self._operations)} operations can be put in an order, at most:", *shown])
 
 
 def _told(operation: Operation) -> str:

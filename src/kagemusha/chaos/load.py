@@ -10,23 +10,26 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from kagemusha.chaos import exchanges
+from kagemusha.chaos.exchanges import Exchange
 from kagemusha.chaos.history import Operation, from_lines
-from kagemusha.chaos.history_load import completed
-from kagemusha.demo import client
-from kagemusha.demo.image import REDIS_PORT
+from kagemusha.chaos.history_load import CONNECT_LIMIT_S, Totals, completed
+from kagemusha.demo.image import REDIS_PORT, WITNESS_PORT
 from kagemusha.demo.records import Acknowledged, RecordReader, Verification
-from kagemusha.demo.topology import inside
+from kagemusha.demo.redis_client import RedisClient, start_client
 
 LOAD_S = 3600
 VERIFY_LIMIT_S = 60.0
+END_LIMIT_S = CONNECT_LIMIT_S + 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The longest time without an acknowledgement. CLOCK_MONOTONIC seconds."""
+    """The longest time without an acknowledgement. CLOCK_MONOTONIC seconds. ``key``: whose came at its end."""
 
     begin_t: float
     end_t: float
+    key: int
 
     @property
     def ms(self) -> float:
@@ -39,46 +42,21 @@ class Load:
 
     def __init__(self, folder: Path, namespace: str, host: str, seed: int, environment: Mapping[str, str]) -> None:
         folder.mkdir()
-        self._folder, self._namespace, self._host, self._seed = folder, namespace, host, seed
-        self._environment = environment
-        self._reader = RecordReader(self._records)
+        self._folder = folder
+        self._redis = RedisClient(folder, namespace=namespace, host=host, seed=seed, environment=environment)
+        self._reader = RecordReader(self._redis.records)
         self.acknowledged: list[Acknowledged] = []
-        self._process = self._run("write", "--seconds", str(LOAD_S))
-        self._historian = self._start(
-            "history",
+        self._process = self._redis.start("write", "--seconds", str(LOAD_S))
+        self._historian = start_client(
             [
                 *(sys.executable, "-m", "kagemusha.chaos.history_load", "--host", host, "--port", str(REDIS_PORT)),
                 *("--seed", str(seed), "--file", str(folder / "history.jsonl")),
+                *("--witness", str(WITNESS_PORT), str(folder / "exchanges.jsonl")),
             ],
+            namespace=namespace,
+            environment=environment,
+            log=folder / "history.log",
         )
-
-    @property
-    def _records(self) -> Path:
-        return self._folder / "acknowledged.bin"
-
-    def _run(self, task: str, *more: str) -> subprocess.Popen[bytes]:
-        arguments = client.command_line(
-            sys.executable,
-            task,
-            host=self._host,
-            port=REDIS_PORT,
-            records=self._records,
-            outcome=self._folder / f"{task}.json",
-            seed=self._seed,
-            value_bytes=64,
-        )
-        return self._start(task, [*arguments, *more])
-
-    def _start(self, task: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-        with (self._folder / f"{task}.log").open("wb") as log:
-            return subprocess.Popen(
-                inside(self._namespace, ["setpriv", "--pdeathsig", "KILL", "--", *arguments]),
-                env=dict(self._environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
 
     def poll(self) -> int:
         """How many writes have been acknowledged."""
@@ -90,20 +68,25 @@ class Load:
         """How its connection ended; empty while it lives."""
         if self._process.poll() is None:
             return ""
-        outcome = self._folder / "write.json"
+        outcome = self._redis.outcome_file("write")
         return str(json.loads(outcome.read_text())["end"]) if outcome.exists() else "the client died"
 
     def end(self) -> None:
         """End the connections."""
-        for process in (self._process, self._historian):
-            process.kill()
-            process.wait()
+        self._process.kill()
+        self._process.wait()
+        self._historian.terminate()
+        try:
+            self._historian.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:  # then there are no totals, and its record is all the same whole
+            self._historian.kill()
+            self._historian.wait()
         self.poll()
         self._reader.close()
 
     def lost(self) -> int | None:
         """How many acknowledged writes the guest does not have (any more); None: it does not answer."""
-        reader = self._run("verify")
+        reader = self._redis.start("verify")
         try:
             if reader.wait(VERIFY_LIMIT_S) != 0:
                 return None
@@ -111,7 +94,7 @@ class Load:
             reader.kill()
             reader.wait()
             return None
-        return len(Verification.from_json((self._folder / "verify.json").read_text()).lost)
+        return len(Verification.from_json(self._redis.outcome_file("verify").read_text()).lost)
 
     def history(self) -> list[Operation]:
         """What the other clients did, each operation once."""
@@ -121,8 +104,27 @@ class Load:
         with path.open(encoding="utf-8") as lines:
             return completed(list(from_lines(lines)))
 
+    def exchanges(self) -> list[Exchange]:
+        """What the guest's memory witness was asked, and its answers."""
+        path = self._folder / "exchanges.jsonl"
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as lines:
+            return exchanges.from_lines(lines)
+
+    def totals(self) -> Totals | None:
+        """After :meth:`end`: what the other clients did. None: they ended by an error, which their log has."""
+        if self._historian.returncode != 0:
+            return None
+        lines = (self._folder / "history.log").read_text().splitlines()
+        return Totals(**json.loads(lines[-1])) if lines else None
+
     def longest_gap(self, since_t: float) -> Gap | None:
         """Of the times between two acknowledgements that were not over at ``since_t``."""
-        times = [each.acked_t for each in self.acknowledged]
-        gaps = [Gap(one, other) for one, other in pairwise(times) if other >= since_t]
+        pairs = pairwise(self.acknowledged)
+        gaps = [Gap(one.acked_t, other.acked_t, other.key) for one, other in pairs if other.acked_t >= since_t]
         return max(gaps, key=lambda gap: gap.ms, default=None)
+
+    def request(self, key: int) -> bytes:
+        """With which a key was written."""
+        return self._redis.request(key)

@@ -1,14 +1,15 @@
-"""A recorder of frames on both ends of a protected VM's path, and what its record says about output commit.
+"""A recorder of frames along a protected VM's path, and what its record says about output commit.
 
 ::
 
-    guest ── vm0 ──► gate ──► bridge, switch ──► eth0 of the client
-              │ departed                          │ arrived
+    guest ── vm0 ──► gate ──► bridge ── port of the switch ──► eth0 of the client
+              │ departed                 │ arrived              │ arrived, if the switch holds
 
 Both are AF_PACKET sockets, and both times are the kernel's (SO_TIMESTAMPNS), brought to CLOCK_MONOTONIC, which the
 workers' events use. A frame leaves the gate byte for byte as it came, so the k-th arrival of some content belongs to
 its k-th departure. The bounds taken from the events never accuse wrongly: a guest was at rest at
-``stop_t + pause_wall - pause`` at the latest, and a commit was not before ``stop_t + commit``.
+``stop_t + pause_wall - pause`` at the latest, and a commit was not before ``stop_t + commit``, or, where the standby
+tells the switch itself, not before it had the checkpoint (:class:`StandbyRecord`).
 
 Judges what it has seen; knows nothing of how frames come about.
 """
@@ -23,7 +24,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,6 +38,9 @@ _TIMESTAMP = struct.Struct("@qq")
 _BUFFER_BYTES = 64 << 20
 _FRAME_BYTES_MAX = 1 << 17
 _LOOK_S = 0.02
+_LOOK_APART_NS, _LOOKS = 10_000, 100
+CLOCK_SLACK_NS = 100_000
+"""What times of two records may be wrong against each other."""
 _ETH_P_ALL = 0x0003
 _IP, _UDP = b"\x08\x00", 17
 
@@ -58,6 +62,11 @@ class Datagram:
     payload: bytes
 
 
+def mac_bytes(address: str) -> bytes:
+    """As it stands in a frame."""
+    return bytes.fromhex(address.replace(":", ""))
+
+
 def datagram_of(content: bytes) -> Datagram | None:
     """None: it is no whole UDP datagram over IPv4 without a tag."""
     if content[12:14] != _IP or content[23] != _UDP or int.from_bytes(content[20:22]) & 0x3FFF:
@@ -71,11 +80,11 @@ def datagram_of(content: bytes) -> Datagram | None:
 class Recorder:
     """Notes what comes in at devices, on a thread of its own, from the moment that each is added.
 
-    :param sender: MAC address; only its frames are noted.
+    :param senders: MAC addresses; only their frames are noted. None given: all.
     """
 
-    def __init__(self, sender: str) -> None:
-        self._sender = bytes.fromhex(sender.replace(":", ""))
+    def __init__(self, *senders: str) -> None:
+        self._senders = frozenset(mac_bytes(sender) for sender in senders)
         self._frames: dict[str, list[Frame]] = {}
         self._stack = ExitStack()
         self._lock = threading.Lock()
@@ -144,7 +153,7 @@ class Recorder:
                     self._drain(key.fileobj, self._frames[key.data])
 
     def _drain(self, tap: socket.socket, frames: list[Frame]) -> None:
-        behind_ns = time.time_ns() - time.monotonic_ns()
+        behind_ns = _monotonic_behind_ns()
         while True:
             try:
                 content, extra, _, address = tap.recvmsg(_FRAME_BYTES_MAX, socket.CMSG_SPACE(_TIMESTAMP.size))
@@ -152,9 +161,18 @@ class Recorder:
                 return
             except OSError:  # the device is gone, which is told once
                 return
-            if address[2] != socket.PACKET_OUTGOING and content[6:12] == self._sender:
+            if address[2] != socket.PACKET_OUTGOING and (not self._senders or content[6:12] in self._senders):
                 seconds, nanoseconds = _TIMESTAMP.unpack(extra[0][2])
                 frames.append(Frame(seconds * 1_000_000_000 + nanoseconds - behind_ns, content))
+
+
+def _monotonic_behind_ns() -> int:
+    """How far CLOCK_MONOTONIC is behind CLOCK_REALTIME, however busy the machine is: read between two looks."""
+    found: list[tuple[int, int]] = []
+    while not found or (found[-1][0] > _LOOK_APART_NS and len(found) < _LOOKS):
+        before, real, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        found.append((after - before, real - (before + after) // 2))
+    return min(found)[1]
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -170,15 +188,20 @@ class Passage:
 
 
 def passages(departed: Iterable[Frame], arrived: Iterable[Frame]) -> tuple[list[Passage], list[Frame]]:
-    """Every departure with its arrival, in order of departure; and the arrivals without a departure."""
+    """Every departure with its arrival, in order of departure; and the arrivals without a departure.
+
+    One that was there before any departure left is of those: its own was before the record began.
+    """
     waiting: dict[bytes, deque[int]] = defaultdict(deque)
     for frame in arrived:
         waiting[frame.content].append(frame.t_ns)
-    found = []
+    found, strangers = [], []
     for frame in departed:
         times = waiting[frame.content]
+        while times and times[0] < frame.t_ns - CLOCK_SLACK_NS:
+            strangers.append(Frame(times.popleft(), frame.content))
         found.append(Passage(frame.t_ns, times.popleft() if times else None, frame.content))
-    strangers = [Frame(t_ns, content) for content, times in waiting.items() for t_ns in times]
+    strangers += [Frame(t_ns, content) for content, times in waiting.items() for t_ns in times]
     return found, strangers
 
 
@@ -197,20 +220,46 @@ class Span:
     commit_ns: int
 
 
-class Epochs:
-    """The committed epochs of one session, as its primary has reported them."""
+@dataclass(frozen=True, slots=True)
+class StandbyRecord:
+    """What the standby of the session has told of its checkpoints.
 
-    def __init__(self, events: Sequence[EpochCommitted]) -> None:
-        self.spans = [
-            Span(
-                each.epoch,
-                int(each.stop_t * 1e9),
-                int(each.stop_t * 1e9) + (each.pause_wall_us - each.pause_us) * 1000,
-                int(each.stop_t * 1e9) + each.commit_us * 1000,
-            )
-            for each in events
-        ]
+    :ivar committed_ns: when each was here, by epoch; nobody was told before.
+    :ivar whole: it is all that there was. Else the last ones may be missing: it died before it told.
+    """
+
+    committed_ns: Mapping[int, int]
+    whole: bool
+
+    def bound_ns(self, epoch: int, rest_ns: int, told_ns: int) -> int:
+        """Of the commit of an epoch, which its primary has learned at ``told_ns``."""
+        missing = told_ns if self.whole else rest_ns
+        return min(self.committed_ns.get(epoch, missing), told_ns)
+
+    def allows(self, after: int, arrived_ns: int) -> bool:
+        """Whether a frame of some epoch behind this one, which the primary has not reported, may have arrived then."""
+        later = [t_ns for epoch, t_ns in self.committed_ns.items() if epoch > after]
+        return arrived_ns >= min(later) if later else not self.whole
+
+
+class Epochs:
+    """The committed epochs of one session, as its primary has reported them.
+
+    :param standby: if it tells commits itself; None: only the primary's word lets frames go.
+    """
+
+    def __init__(self, events: Sequence[EpochCommitted], standby: StandbyRecord | None = None) -> None:
+        self._standby = standby
+        self.spans = [self._span(each) for each in events]
         self._rests = [span.rest_ns for span in self.spans]
+
+    def _span(self, each: EpochCommitted) -> Span:
+        stop_ns = int(each.stop_t * 1e9)
+        rest_ns = stop_ns + (each.pause_wall_us - each.pause_us) * 1000
+        commit_ns = stop_ns + each.commit_us * 1000
+        if self._standby is not None:
+            commit_ns = self._standby.bound_ns(each.epoch, rest_ns, commit_ns)
+        return Span(each.epoch, stop_ns, rest_ns, commit_ns)
 
     def of(self, departed_ns: int) -> Span | None:
         """The epoch in which a frame departed; None: one that nobody has reported as committed."""
@@ -232,8 +281,12 @@ class Epochs:
         return [each for each in found if each.departed_ns > self.begin_ns and not self._explained(each)]
 
     def _explained(self, each: Passage) -> bool:
-        span = self.of(each.departed_ns)
-        return each.arrived_ns is None or (span is not None and each.arrived_ns >= span.commit_ns)
+        span, arrived_ns = self.of(each.departed_ns), each.arrived_ns
+        if arrived_ns is None:
+            return True
+        if span is not None:
+            return arrived_ns >= span.commit_ns
+        return self._standby is not None and self._standby.allows(self.last.epoch, arrived_ns)
 
     def early(self, found: Iterable[Passage]) -> tuple[int, int]:
         """Of the frames that departed in committed epochs: how many arrived before their epoch's end, and how many

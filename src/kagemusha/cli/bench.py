@@ -105,6 +105,18 @@ def memory(
 
 
 @app.command()
+def switch(seconds: Seconds = 10.0, turns: Turns = 3, json_file: JsonFile = None) -> None:
+    """The pause of a guest whose output a switch holds against that of one whose host does."""
+    from rich.console import Console
+
+    from kagemusha.bench.switch_pause import bench_switch
+
+    with bench_gate.ended_by_sigterm():
+        code = bench_switch(Console(highlight=False), seconds=seconds, turns=turns, json_file=json_file)
+    raise typer.Exit(code)
+
+
+@app.command()
 def soak(
     runs: Annotated[int, typer.Option(help="How many.", min=1, max=10_000)] = 20,
     kill: Annotated[SoakKill, typer.Option(help="What gets SIGKILL.")] = SoakKill.ANY,

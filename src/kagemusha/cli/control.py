@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kagemusha.agents.control import ControlClient, control_path
+from kagemusha.agents.control import ControlClient, control_path, switch_control_path
 from kagemusha.errors import FencedError, TransientError
 from kagemusha.model.config import Config
+from kagemusha.model.switch_config import SwitchConfig
 
 STATUS_TIMEOUT_S = 10.0
 SWITCHOVER_TIMEOUT_S = 120.0
@@ -59,14 +61,41 @@ def promote(config: Config, *, force: bool) -> int:
     return 0
 
 
+def switch_status(config: SwitchConfig, *, json_output: bool) -> int:
+    """Print what the agent of a switch is doing."""
+    path = switch_control_path(config.runtime_dir, config.bridge)
+    found = _answer_at(path, f"agent of the switch at {config.bridge}", STATUS_TIMEOUT_S, command="status")
+    if json_output:
+        print(json.dumps({key: value for key, value in found.items() if key != "ok"}))
+        return 0
+    console = Console(highlight=False)
+    counts = found["counts"]
+    refused = ", ".join(f"{count} {code}" for code, count in sorted(counts["refused"].items())) or "none"
+    console.print(f"switch {found['switch']}: {counts['peers']} connections; refused: {refused}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("VM", "state", "term", "given to", "taken from", "held", "released", "dropped", "waiting"):
+        table.add_column(column)
+    for vm in found["vms"]:
+        totals = vm["totals"] or {}
+        keys = ("held_frames", "released_frames", "dropped_frames", "pending_frames")
+        numbers = [str(totals.get(key, "-")) for key in keys]
+        table.add_row(vm["vm"], vm["state"], str(vm["term"]), vm["holder"] or "-", vm["owner"] or "nobody", *numbers)
+    console.print(table)
+    return 0
+
+
 def _ask(config: Config, timeout_s: float, **command: Any) -> dict[str, Any]:
     path = control_path(config.runtime_dir, config.vm.name)
+    return _answer_at(path, f"worker for VM {config.vm.name}", timeout_s, **command)
+
+
+def _answer_at(path: Path, whom: str, timeout_s: float, **command: Any) -> dict[str, Any]:
     try:
         with ControlClient(path) as client:
             answer = client.ask(timeout_s, **command)
     except OSError as error:
         raise TransientError(
-            f"no worker answers for VM {config.vm.name}: {error.strerror or error}",
+            f"no {whom} answers: {error.strerror or error}",
             operation=f"ask {path}",
             hint="is it running on this host, with this configuration file?",
         ) from error

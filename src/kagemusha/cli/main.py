@@ -6,7 +6,6 @@ cannot be protected; 4 fenced (another instance is active); 5 QEMU failed; 6 the
 
 from __future__ import annotations
 
-import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,18 +16,11 @@ from rich.console import Console
 from kagemusha import __version__
 from kagemusha.cli.bench import app as bench_app
 from kagemusha.cli.chaos import chaos
+from kagemusha.cli.demo import demo
+from kagemusha.cli.flows import app as flows_app
 from kagemusha.cli.rules import app as rules_app
-from kagemusha.demo.options import DemoOptions, KillKind
+from kagemusha.cli.switch import switch
 from kagemusha.errors import KageError
-
-
-class CompressionChoice(enum.Enum):
-    """The values of model.config.Compression, as the command line wants them."""
-
-    LZ4 = "lz4"
-    ZSTD = "zstd"
-    NONE = "none"
-
 
 app = typer.Typer(
     help="Fault tolerance for QEMU/KVM virtual machines: a warm standby that takes over when the primary dies.",
@@ -40,7 +32,10 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(rules_app, name="rules")
+app.add_typer(flows_app, name="flows")
 app.command()(chaos)
+app.command()(demo)
+app.command()(switch)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", metavar="FILE")]
 EventsOption = Annotated[
@@ -133,42 +128,6 @@ def probe(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
     from kagemusha.cli.probe import show
 
     raise typer.Exit(show(json_output=json_output))
-
-
-@app.command()
-def demo(
-    epoch_ms: Annotated[
-        float | None,
-        typer.Option(help="Fixed checkpoint interval, milliseconds; without it, on demand.", min=5, max=10_000),
-    ] = None,
-    ram_mb: Annotated[int, typer.Option(help="Memory of the guest, MiB.", min=128, max=1 << 20)] = 256,
-    vcpus: Annotated[int, typer.Option(help="Virtual CPUs of the guest.", min=1, max=255)] = 1,
-    seconds: Annotated[float, typer.Option(help="How long the client writes.", min=3, max=86_400)] = 20.0,
-    kill: Annotated[KillKind, typer.Option(help="What gets SIGKILL.")] = KillKind.HOST,
-    compression: Annotated[CompressionChoice, typer.Option(help="Of the checkpoint stream.")] = CompressionChoice.LZ4,
-    profile: Annotated[str, typer.Option(help="Rules: what is held (kage rules profiles).")] = "strict",
-    seed: Annotated[int | None, typer.Option(help="Decides the random moment of the kill.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.", metavar="FILE")] = None,
-    png_file: Annotated[Path, typer.Option("--png", help="Write the timeline.", metavar="FILE")] = Path(
-        "kage-demo.png"
-    ),
-    keep: Annotated[bool, typer.Option("--keep", help="Keep logs, configurations and event files.")] = False,
-) -> None:
-    """Client, switch and two hosts on this machine: kill one host under load and see what the client sees."""
-    from kagemusha.demo.command import run_demo_command
-
-    options = DemoOptions(
-        epoch_ms=epoch_ms,
-        ram_mb=ram_mb,
-        vcpus=vcpus,
-        seconds=seconds,
-        kill=kill,
-        compression=compression.value,
-        profile=profile,
-        seed=seed,
-        keep=keep,
-    )
-    raise typer.Exit(run_demo_command(options, json_file=json_file, png_file=png_file))
 
 
 @app.command()

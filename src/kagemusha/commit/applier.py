@@ -14,7 +14,9 @@ import time
 from dataclasses import dataclass
 
 from kagemusha.commit.memory import StandbyMemory
+from kagemusha.kernel.fault_point import reach
 from kagemusha.kernel.staging import StagingSlot
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch
 from kagemusha.wire.tally import StreamTotals
 
@@ -24,12 +26,16 @@ class CommittedCheckpoint:
     """An acknowledged checkpoint that lies complete in a slot.
 
     :ivar inbound_seen: number of the last frame that its guest had read from its NIC; 0: not known.
+    :ivar switch_session: in which the switch has sealed its output, and may be told of its commit; 0: in none.
+    :ivar whole_t: when it was complete and verified, CLOCK_MONOTONIC seconds: from then on it may be acknowledged.
     """
 
     epoch: Epoch
     slot: int
     totals: StreamTotals
     inbound_seen: int = 0
+    switch_session: int = 0
+    whole_t: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class Applier:
             self._memory.write(slot.runs[: totals.runs], slot.data[: totals.data_bytes])
         except OSError as failure:
             error = failure
+        reach(Fault.STANDBY_APPLIED)
         device_state = slot.device[: totals.device_bytes].tobytes()
         slot.trim(totals.data_bytes)
         return Applied(checkpoint, device_state, int((time.monotonic() - began) * 1e6), error)

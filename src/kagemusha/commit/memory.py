@@ -13,8 +13,10 @@ from contextlib import closing
 
 import numpy as np
 
+from kagemusha.kernel.fault_point import reach
 from kagemusha.kernel.pagemap import PagemapScanner
 from kagemusha.kernel.vm_rw import write_ranges
+from kagemusha.model.faults import Fault
 from kagemusha.model.memory import PAGE_BYTES, RUN_DATA, Bytes, MemoryImage, Ranges, Runs
 
 ZERO_BYTES = 1 << 20
@@ -55,6 +57,7 @@ class StandbyMemory:
             if size:
                 ranges = self._image.host_ranges(part[is_data])
                 write_ranges(self._pid, ranges, data[offset : offset + size])
+                reach(Fault.STANDBY_APPLYING)
             if not is_data.all():
                 self._write_zeros(self._image.host_ranges(part[~is_data]))
             offset += size

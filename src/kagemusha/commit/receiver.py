@@ -19,7 +19,9 @@ import numpy as np
 from kagemusha.commit.applier import CommittedCheckpoint
 from kagemusha.commit.memory import StandbyMemory
 from kagemusha.errors import GuestError, WireError
+from kagemusha.kernel.fault_point import reach
 from kagemusha.kernel.staging import SLOTS, StagingSlot
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch, Term
 from kagemusha.model.memory import Bytes, MemoryImage, Runs
 from kagemusha.transport.link import Link
@@ -27,7 +29,8 @@ from kagemusha.wire.block import BlockCodec
 from kagemusha.wire.checkpoint import CheckpointAssembler
 from kagemusha.wire.frame import CHUNK_BYTES, FrameHeader, FrameType
 from kagemusha.wire.handshake import Goodbye, HandOver, StandDown
-from kagemusha.wire.messages import Ack, Heartbeat, Message, decode, encode
+from kagemusha.wire.messages import Ack, Heartbeat, Message, OutputLeft, decode, encode
+from kagemusha.wire.output import HeldOutput
 from kagemusha.wire.sync import SyncAssembler
 
 MAX_BEAT_S = 0.05
@@ -48,7 +51,14 @@ class PrimarySaid:
     message: StandDown | HandOver | Goodbye
 
 
-Received = WholeCheckpoint | PrimarySaid
+@dataclass(frozen=True, slots=True)
+class OutputTold:
+    """Copies of what the primary's gate holds for an epoch, or that it has left."""
+
+    message: HeldOutput | OutputLeft
+
+
+Received = WholeCheckpoint | PrimarySaid | OutputTold
 
 
 class ReceivingSession:
@@ -149,6 +159,10 @@ class ReceivingSession:
                 self._echo = message.counter
                 self._beat()
             return PrimarySaid(message) if isinstance(message, StandDown | HandOver | Goodbye) else None
+        if header.kind in (FrameType.HELD_OUTPUT, FrameType.OUTPUT_LEFT):
+            output = decode(header, payload)
+            assert isinstance(output, HeldOutput | OutputLeft)
+            return OutputTold(output)
         if not self._sync.complete:
             pages = self._sync.add(header, payload, self._chunk)
             if pages is not None:
@@ -159,6 +173,7 @@ class ReceivingSession:
     def _write(self, runs: Runs, data: Bytes) -> None:
         try:
             self._memory.write(runs, data)
+            reach(Fault.STANDBY_SYNCING)
         except OSError as error:
             raise GuestError(
                 f"the waiting QEMU's memory cannot be written: {error}", operation="synchronise"
@@ -171,7 +186,21 @@ class ReceivingSession:
                 header.epoch, self._slots[self._slot], term=self.term, image=self._image, codec=self._codec
             )
         if not self._assembler.add(header, payload):
+            if header.kind is FrameType.CHECKPOINT_BEGIN:
+                reach(Fault.STANDBY_BEGUN)
+            elif header.kind is FrameType.DEVICE_STATE:
+                reach(Fault.STANDBY_PART)
             return None
-        totals, seen = self._assembler.statistics(), self._assembler.inbound_seen
-        self._assembler = None
-        return WholeCheckpoint(CommittedCheckpoint(header.epoch, self._slot, totals, seen))
+        whole_t = time.monotonic()
+        reach(Fault.STANDBY_WHOLE)
+        whole, self._assembler = self._assembler, None
+        return WholeCheckpoint(
+            CommittedCheckpoint(
+                header.epoch,
+                self._slot,
+                whole.statistics(),
+                whole.inbound_seen,
+                switch_session=whole.switch_session,
+                whole_t=whole_t,
+            )
+        )

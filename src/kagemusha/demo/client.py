@@ -3,7 +3,8 @@
 It runs in a process and a network namespace of its own and knows nothing of checkpoints. The writing side
 speaks RESP on a bare socket: no library stands between it and TCP that could reconnect or repeat a request
 unseen, so "one connection" is a fact and not a setting. It never has more than ``pipeline`` requests
-outstanding, and it stops at the first thing that a client of a lone server would never see.
+outstanding, and it stops at the first thing that a client of a lone server would never see. With ``--pace-ms`` it
+takes such a breath whenever nothing is outstanding.
 
     python -m kagemusha.demo.client write  --host H --port P --seconds S --records FILE --outcome FILE ...
     python -m kagemusha.demo.client verify --host H --port P --records FILE --outcome FILE ...
@@ -56,6 +57,8 @@ def _write_until(connection: socket.socket, records: int, deadline: float, optio
     buffer = b""
     key = acknowledged = 0
     while True:
+        if not outstanding and options.pace_ms:
+            time.sleep(max(0.0, min(options.pace_ms / 1000, deadline - time.monotonic())))
         while len(outstanding) < options.pipeline and time.monotonic() < deadline:
             key += 1
             request = set_request(key, value_of(options.seed, key, options.value_bytes))
@@ -137,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--value-bytes", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--pace-ms", type=float, default=0.0)
     options = parser.parse_args(arguments)
     result = write(options) if options.task == "write" else verify(options)
     partial = options.outcome.with_suffix(".partial")

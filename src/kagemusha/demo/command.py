@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -25,20 +28,10 @@ def run_demo_command(options: DemoOptions, *, json_file: Path | None, png_file: 
     :raise KageError: the demo could not be carried out; tails of all logs have been printed.
     """
     console = Console(highlight=False)
-    # So that a plain `kill` cleans up as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    with carried_out(console):
         report = run_demo(options, display_for(console))
-    except KageError as error:
-        for note in getattr(error, "__notes__", ()):
-            console.print(note, markup=False, soft_wrap=True)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
     console.print(table_of(report))
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        console.print(f"report    {json_file}", soft_wrap=True)
+    write_report(console, report.to_json(), json_file)
     if png_file is not None:
         draw(report, png_file)
         console.print(f"timeline  {png_file}", soft_wrap=True)
@@ -46,3 +39,24 @@ def run_demo_command(options: DemoOptions, *, json_file: Path | None, png_file: 
         console.print(f"logs      {report.record.logs}", soft_wrap=True)
     console.print(verdict(report))
     return 0 if report.passed else EXIT_NOT_HELD
+
+
+@contextmanager
+def carried_out(console: Console) -> Iterator[None]:
+    """A demo runs in the block: a plain `kill` cleans up as Ctrl-C does, and what an error has noted is printed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except KageError as error:
+        for note in getattr(error, "__notes__", ()):
+            console.print(note, markup=False, soft_wrap=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_report(console: Console, content: Mapping[str, Any], json_file: Path | None) -> None:
+    """Write it where it is wanted, and say so."""
+    if json_file is not None:
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        console.print(f"report    {json_file}", soft_wrap=True)

@@ -25,6 +25,8 @@ KINDS: dict[str, type[events.Event]] = {
         events.CheckpointApplied,
         events.CallersRefused,
         events.TakenOver,
+        events.SwitchServes,
+        events.SwitchRefusedPeer,
         events.Ended,
     )
 }

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kagemusha.demo import initramfs
 from kagemusha.demo.debian import LOADER, PackageTree, Progress, candidates, newest_dependency, run, update
@@ -30,6 +30,8 @@ from kagemusha.errors import KageError, TransientError, UnsupportedError
 
 COMMAND_PORT = 2323
 REDIS_PORT = 6379
+WITNESS_PORT = 2324
+"""Where ``pattern`` is asked, by TCP or UDP, if it was started with a port; nothing of the image starts it so."""
 
 # Raised when the way an image is put together changes without a change of its parts.
 RECIPE = 1
@@ -38,6 +40,8 @@ PROGRAM_PACKAGES = ("busybox-static", "iperf3", "redis-server", "redis-tools", "
 PROGRAMS = ("redis-server", "redis-cli", "redis-benchmark", "iperf3", "sipp")
 MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "virtio_console", "virtio_balloon")
 C_PROGRAMS = ("pattern", "seed")
+CALLS_FILE = PurePosixPath("/etc/kage/answer.xml")
+"""In the guest: SIPp's scenario to answer calls with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ def _entries(tree: PackageTree, files: dict[str, bytes], scratch: Path) -> dict[
         "etc/inittab": initramfs.file(files["inittab"]),
         "etc/passwd": initramfs.file(b"root:x:0:0:root:/:/bin/sh\n"),
     }
-    for name in ("boot", "ready", "redis.conf"):
+    for name in ("boot", "ready", "redis.conf", CALLS_FILE.name):
         entries[f"etc/kage/{name}"] = initramfs.file(files[name], executable=True)
     for folder in ("proc", "sys", "tmp", "var/log", "var/run"):
         entries[folder] = initramfs.folder()

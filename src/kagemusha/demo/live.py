@@ -1,6 +1,7 @@
 """What is shown while a demo runs: a panel that is redrawn on a terminal, plain lines anywhere else.
 
-It only shows: all it knows is the `Snapshot` it is given. When the kill will come is not in it.
+It only shows: all it knows is the moment that it is given, which says itself how it looks as a line and as a table.
+When the kill will come is not in it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,32 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 2.0
+WAITS_LONG_MS = 150.0
 _COLOURS = {
     **{"PROTECTED": "green", "PROTECTING": "green", "ACTIVE": "bold green", "DEGRADED": "yellow"},
     **{"SYNCING": "yellow", "HOLDING": "yellow", "TAKING_OVER": "yellow", "KILLED": "bold red"},
 }
 
 
+class Moment(Protocol):
+    """What a run looks like just now.
+
+    :ivar step: what the demo is doing, as a short phrase.
+    """
+
+    @property
+    def step(self) -> str: ...  # noqa: D102
+
+    def as_line(self) -> str:
+        """For where lines are printed one below the other."""
+
+    def as_table(self) -> Group:
+        """For a terminal on which it is drawn over the moment before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """One moment of a run.
+    """One moment of a run with one VM.
 
     :ivar step: what the demo is doing, as a short phrase.
     :ivar elapsed_s: since the demo started.
@@ -46,11 +64,55 @@ class Snapshot:
     latency_ms: float = 0.0
     waiting_ms: float = 0.0
 
+    def as_line(self) -> str:
+        """For where lines are printed one below the other."""
+        parts = [f"{self.elapsed_s:6.1f} s  {self.step}"]
+        if self.primary or self.standby:
+            parts.append(f"A {self.primary or '-'}, B {self.standby or '-'}")
+        if self.synced_mb and not self.epoch:
+            parts.append(f"{self.synced_mb:.0f} MB of memory sent")
+        if self.epoch:
+            parts.append(f"checkpoint {self.epoch}, {self.epochs_per_s:.0f}/s, pause {self.pause_ms:.1f} ms")
+        if self.writes:
+            parts.append(f"{self.writes} writes, {self.latency_ms:.0f} ms each")
+        return "; ".join(parts)
+
+    def as_table(self) -> Group:
+        """For a terminal on which it is drawn over the moment before."""
+        table = Table(box=None, padding=(0, 2), show_header=False)
+        table.add_row("client", Text(f"{self.writes} writes"), f"{self.writes_per_s:.0f}/s", self._client_text())
+        synced = f"{self.synced_mb:.0f} MB sent" if self.synced_mb else ""
+        checkpoint = f"checkpoint {self.epoch}" if self.epoch else synced
+        load = f"pause {self.pause_ms:5.1f} ms   dirty {self.dirty_mb:5.2f} MB   held {self.held_frames} frames"
+        table.add_row(
+            "host A",
+            state_text(self.primary),
+            f"{checkpoint}  {self.epochs_per_s:.0f}/s" if self.epoch else checkpoint,
+            load if self.epoch else "",
+        )
+        table.add_row("host B", state_text(self.standby), f"holds {self.applied}" if self.applied else "", "")
+        return headed(self.elapsed_s, self.step, table)
+
+    def _client_text(self) -> Text:
+        if self.waiting_ms > WAITS_LONG_MS:
+            return Text(f"waiting for an answer for {self.waiting_ms:.0f} ms", style="bold red")
+        return Text(f"{self.latency_ms:.1f} ms to an answer" if self.writes else "")
+
+
+def headed(elapsed_s: float, step: str, table: Table) -> Group:
+    """A table below what is being done."""
+    return Group(Text(f"{elapsed_s:6.1f} s  {step}", style="bold"), table)
+
+
+def state_text(state: str) -> Text:
+    """A worker's state in its colour."""
+    return Text(state or "-", style=_COLOURS.get(state, ""))
+
 
 class Display(Protocol):
-    """Where snapshots go."""
+    """Where moments go."""
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Moment) -> None:
         """Show one moment."""
 
     def __enter__(self) -> Self:
@@ -65,7 +127,7 @@ class Display(Protocol):
 class Silent:
     """Shows nothing: for tests and benchmarks."""
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Moment) -> None:
         """Nothing."""
 
     def __enter__(self) -> Self:
@@ -85,22 +147,13 @@ class PlainLines(Silent):
         self._step = ""
         self._next_t = 0.0
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Moment) -> None:
         """Print a line if the step is new or the last line is old."""
         if now.step == self._step and time.monotonic() < self._next_t:
             return
         self._step = now.step
         self._next_t = time.monotonic() + PLAIN_INTERVAL_S
-        parts = [f"{now.elapsed_s:6.1f} s  {now.step}"]
-        if now.primary or now.standby:
-            parts.append(f"A {now.primary or '-'}, B {now.standby or '-'}")
-        if now.synced_mb and not now.epoch:
-            parts.append(f"{now.synced_mb:.0f} MB of memory sent")
-        if now.epoch:
-            parts.append(f"checkpoint {now.epoch}, {now.epochs_per_s:.0f}/s, pause {now.pause_ms:.1f} ms")
-        if now.writes:
-            parts.append(f"{now.writes} writes, {now.latency_ms:.0f} ms each")
-        self._console.print("; ".join(parts), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(now.as_line(), markup=False, highlight=False, soft_wrap=True)
 
 
 class Panel:
@@ -109,9 +162,9 @@ class Panel:
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Moment) -> None:
         """Hand the moment to the painter; cheap to call often."""
-        self._live.update(_render(now))
+        self._live.update(now.as_table())
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -121,32 +174,6 @@ class Panel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
-
-
-def _render(now: Snapshot) -> Group:
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    table.add_row("client", Text(f"{now.writes} writes"), f"{now.writes_per_s:.0f}/s", _client_text(now))
-    synced = f"{now.synced_mb:.0f} MB sent" if now.synced_mb else ""
-    checkpoint = f"checkpoint {now.epoch}" if now.epoch else synced
-    load = f"pause {now.pause_ms:5.1f} ms   dirty {now.dirty_mb:5.2f} MB   held {now.held_frames} frames"
-    table.add_row(
-        "host A",
-        _state_text(now.primary),
-        f"{checkpoint}  {now.epochs_per_s:.0f}/s" if now.epoch else checkpoint,
-        load if now.epoch else "",
-    )
-    table.add_row("host B", _state_text(now.standby), f"holds {now.applied}" if now.applied else "", "")
-    return Group(Text(f"{now.elapsed_s:6.1f} s  {now.step}", style="bold"), table)
-
-
-def _client_text(now: Snapshot) -> Text:
-    if now.waiting_ms > 150:
-        return Text(f"waiting for an answer for {now.waiting_ms:.0f} ms", style="bold red")
-    return Text(f"{now.latency_ms:.1f} ms to an answer" if now.writes else "")
-
-
-def _state_text(state: str) -> Text:
-    return Text(state or "-", style=_COLOURS.get(state, ""))
 
 
 def display_for(console: Console) -> Display:

@@ -144,12 +144,13 @@ class DemoReport:
 
 def outage_s(acknowledged: Sequence[Acknowledged], kill_t: float, resumed_t: float | None) -> float | None:
     """The client's longest wait around the kill, seconds; None if no answer came after it."""
+    return longest_gap_s([each.acked_t for each in acknowledged], kill_t, resumed_t)
+
+
+def longest_gap_s(times: Sequence[float], kill_t: float, resumed_t: float | None) -> float | None:
+    """The longest time between two of these moments around the kill, seconds; None if none came after it."""
     latest_begin = math.inf if resumed_t is None else resumed_t + OUTAGE_WINDOW_S
-    gaps = [
-        after.acked_t - before.acked_t
-        for before, after in pairwise(acknowledged)
-        if after.acked_t > kill_t and before.acked_t <= latest_begin
-    ]
+    gaps = [after - before for before, after in pairwise(times) if after > kill_t and before <= latest_begin]
     return max(gaps, default=None)
 
 

@@ -17,30 +17,28 @@ import random
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 from urllib.parse import quote
 
-from kagemusha.demo import client, facts
-from kagemusha.demo.image import REDIS_PORT, GuestImage, build_image, default_cache_dir
+from kagemusha.demo import facts
+from kagemusha.demo.image import GuestImage, build_image, default_cache_dir
 from kagemusha.demo.live import Display, Silent
 from kagemusha.demo.observations import MachineFacts, RunRecord, committed_under_load
 from kagemusha.demo.options import DemoOptions, KillKind
 from kagemusha.demo.processes import PeakMemory, Process, Strike, end_marked, signal_together
 from kagemusha.demo.progress import Progress
 from kagemusha.demo.records import LoadOutcome, RecordReader, Verification
+from kagemusha.demo.redis_client import RedisClient
 from kagemusha.demo.report import DemoReport, make_report, median_dirty_bytes
 from kagemusha.demo.rundir import RunDirectory, sweep
+from kagemusha.demo.scope import Scope
 from kagemusha.demo.sides import SIDE_MARK, Machine, Role, Worker, configuration, start_worker
-from kagemusha.demo.topology import GUEST_ADDRESS, Topology, inside
-from kagemusha.errors import BugError, KageError, PeerError, TransientError
-from kagemusha.guest.accel import QEMU, READY_LINE, qemu_version, usable_accelerator
+from kagemusha.demo.topology import GUEST_ADDRESS, Topology
+from kagemusha.errors import BugError, TransientError
+from kagemusha.guest.accel import KERNEL_WORDS, QEMU, READY_LINE, qemu_version, usable_accelerator
 
 GUEST_HOST = GUEST_ADDRESS.split("/")[0]
 POLL_S = 0.05
@@ -49,10 +47,9 @@ BOOT_LIMIT_S = 180.0
 TAKEOVER_LIMIT_S = 30.0
 CLIENT_SLACK_S = 60.0
 KILL_SHARE = (0.35, 0.65)
-TAIL_LINES = 25
 
 
-class DemoRun:
+class DemoRun(Scope):
     """The run's resources and phases. Use as a context manager, and call the phases in order."""
 
     def __init__(self, options: DemoOptions, display: Display | None = None) -> None:
@@ -61,27 +58,26 @@ class DemoRun:
         self.progress = Progress()
         self.directory = RunDirectory(keep=options.keep)
         self.topology = Topology(self.directory.name)
+        self._redis = RedisClient(
+            self.directory.path,
+            namespace=self.topology.client,
+            host=GUEST_HOST,
+            seed=self.seed,
+            environment=self.directory.environment,
+            value_bytes=options.value_bytes,
+        )
         self.strike: Strike | None = None
         self._cache_dir = options.cache_dir or default_cache_dir()
         self._random = random.Random(self.seed)
         self._display = display or Silent()
-        self._stack = ExitStack()
         self._client: subprocess.Popen[bytes] | None = None
         self._memory: dict[str, PeakMemory] = {}
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         """Sweep after dead runs, then make directory and network."""
         sweep()
-        with ExitStack() as stack:
-            stack.enter_context(self.directory)
-            stack.enter_context(self.topology)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        stack.enter_context(self.directory)
+        stack.enter_context(self.topology)
 
     # Phases
 
@@ -115,7 +111,7 @@ class DemoRun:
 
     def await_protected(self) -> None:
         """Wait until a checkpoint is committed."""
-        self._until(lambda: self.progress.state("primary") == "PROTECTED", "synchronising the standby", BOOT_LIMIT_S)
+        self._until(self._protected, "synchronising the standby", BOOT_LIMIT_S)
 
     def observe(self, seconds: float, step: str) -> None:
         """Let it run for this long."""
@@ -136,16 +132,16 @@ class DemoRun:
         """Start the client and wait for its first acknowledgement."""
         seconds, pipeline = str(self.options.seconds), str(self.options.pipeline)
         self._client = self._run_client("write", "--seconds", seconds, "--pipeline", pipeline)
-        self.progress.records = RecordReader(self._records)
+        self.progress.records = RecordReader(self._redis.records)
         self._stack.callback(self.progress.records.close)
         self._until(lambda: bool(self.progress.acknowledged), "connecting the client", START_LIMIT_S)
 
     def await_moment(self) -> None:
-        """Let the client write until the moment that the seed has chosen."""
+        """Let the client write until the moment that the seed has chosen, or later, while the guest is unprotected."""
         share = self._random.uniform(*KILL_SHARE)
         moment = self.progress.acknowledged[0].sent_t + share * self.options.seconds
         limit_s = self.options.seconds + CLIENT_SLACK_S
-        self._until(lambda: time.monotonic() + POLL_S >= moment, "the client writes", limit_s)
+        self._until(lambda: time.monotonic() + POLL_S >= moment and self._protected(), "the client writes", limit_s)
         time.sleep(max(0.0, moment - time.monotonic()))
 
     def kill(self) -> None:
@@ -181,13 +177,13 @@ class DemoRun:
         self._until(lambda: running.poll() is not None, "the client goes on", limit_s)
         self.progress.poll()
         self.progress.load_ended = True
-        return LoadOutcome.from_json(self._outcome("write", running))
+        return LoadOutcome.from_json(self._redis.outcome("write", running))
 
     def verify(self) -> Verification:
         """Read all acknowledged keys back over a second connection."""
         reader = self._run_client("verify")
         self._until(lambda: reader.poll() is not None, "reading the keys back", CLIENT_SLACK_S)
-        return Verification.from_json(self._outcome("verify", reader))
+        return Verification.from_json(self._redis.outcome("verify", reader))
 
     def report(self, outcome: LoadOutcome, verification: Verification) -> DemoReport:
         """All figures of the run so far."""
@@ -221,13 +217,16 @@ class DemoRun:
 
     # Parts of phases
 
+    def _protected(self) -> bool:
+        return self.progress.state("primary") == "PROTECTED"
+
     def _choose_machine(self, image: GuestImage) -> Machine:
         return Machine(
             program=QEMU,
             accelerator=usable_accelerator(image.kernel, image.initrd, self._cache_dir),
             kernel=image.kernel,
             initrd=image.initrd,
-            append=" ".join(("console=ttyS0 quiet panic=-1", f"kage.ip={GUEST_ADDRESS}", *self._guest_program())),
+            append=" ".join((KERNEL_WORDS, f"kage.ip={GUEST_ADDRESS}", *self._guest_program())),
         )
 
     def _guest_program(self) -> tuple[str, ...]:
@@ -247,39 +246,11 @@ class DemoRun:
         self.progress.workers[role] = worker
         self._memory[role] = self._stack.enter_context(PeakMemory({role: worker.process.pid}))
 
-    @property
-    def _records(self) -> Path:
-        return self.directory.path / "acknowledged.bin"
-
     def _run_client(self, task: str, *more: str) -> subprocess.Popen[bytes]:
-        base = self.directory.path
-        command = client.command_line(
-            sys.executable,
-            task,
-            host=GUEST_HOST,
-            port=REDIS_PORT,
-            records=self._records,
-            outcome=base / f"{task}.json",
-            seed=self.seed,
-            value_bytes=self.options.value_bytes,
-        )
-        with (base / f"{task}.log").open("wb") as log:
-            process = subprocess.Popen(
-                inside(self.topology.client, ["setpriv", "--pdeathsig", "KILL", "--", *command, *more]),
-                env=self.directory.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = self._redis.start(task, *more)
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
         return process
-
-    def _outcome(self, task: str, process: subprocess.Popen[bytes]) -> str:
-        if process.wait():
-            raise PeerError(f"its task '{task}' ended with status {process.returncode}", operation="run the client")
-        return (self.directory.path / f"{task}.json").read_text()
 
     def _until(self, condition: Callable[[], bool], step: str, limit_s: float) -> None:
         """Poll and show until ``condition`` holds; a worker that should live and does not ends the wait."""
@@ -298,15 +269,6 @@ class DemoRun:
 
     def _show(self, step: str) -> None:
         self._display.show(self.progress.snapshot(step))
-
-    def tails(self) -> str:
-        """The last lines of every log of the run."""
-        parts = []
-        for path in sorted(self.directory.path.rglob("*.log")):
-            lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            if lines:
-                parts.append("\n".join([f"--- {path.relative_to(self.directory.path)}", *lines]))
-        return "\n".join(parts)
 
 
 def with_memcpy(record: RunRecord) -> RunRecord:
@@ -331,19 +293,13 @@ def run_demo(options: DemoOptions, display: Display | None = None) -> DemoReport
     :raise KageError: it could not be carried out; the notes of the error hold the tails of all logs.
     """
     shown = display or Silent()
-    with DemoRun(options, shown) as run:
-        try:
-            with shown:
-                run.protect()
-                run.start_client()
-                run.await_moment()
-                run.kill()
-                run.await_takeover()
-                outcome = run.finish_client()
-                verification = run.verify()
-            return run.report(outcome, verification)
-        except KageError as error:
-            error.add_note(run.tails())
-            if options.keep:
-                error.add_note(f"logs stay in {run.directory.path}")
-            raise
+    with DemoRun(options, shown) as run, run.directory.logs_in_errors():
+        with shown:
+            run.protect()
+            run.start_client()
+            run.await_moment()
+            run.kill()
+            run.await_takeover()
+            outcome = run.finish_client()
+            verification = run.verify()
+        return run.report(outcome, verification)

@@ -13,16 +13,20 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from kagemusha.demo.processes import end_marked
 from kagemusha.demo.topology import delete_namespaces
+from kagemusha.errors import KageError
 
 PREFIX = "kgd"
 MARK = "KAGE_DEMO_RUN"
 _NAME_LENGTH = len(PREFIX) + 6
+TAIL_LINES = 25
 
 
 def _locked(path: Path) -> int | None:
@@ -79,6 +83,27 @@ class RunDirectory:
     def environment(self) -> dict[str, str]:
         """The environment for every child of the run."""
         return {**os.environ, MARK: self.name, "PYTHONUNBUFFERED": "1"}
+
+    def tails(self) -> str:
+        """The last lines of every log of the run: files ``log`` and ``*.log``."""
+        parts = []
+        logs = (path for path in self.path.rglob("*log") if path.name == "log" or path.suffix == ".log")
+        for path in sorted(path for path in logs if path.is_file()):
+            lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            if lines:
+                parts.append("\n".join([f"--- {path.relative_to(self.path)}", *lines]))
+        return "\n".join(parts)
+
+    @contextmanager
+    def logs_in_errors(self) -> Iterator[None]:
+        """What goes wrong meanwhile gets the tails of all logs as a note, and where they stay, if they do."""
+        try:
+            yield
+        except KageError as error:
+            error.add_note(self.tails())
+            if self.keep:
+                error.add_note(f"logs stay in {self.path}")
+            raise
 
     def __enter__(self) -> Self:
         self.path.mkdir(mode=0o700)

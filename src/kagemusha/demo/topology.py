@@ -7,11 +7,12 @@
                   port-client [br0] port-a ════╝          10.78.0.0/24: checkpoints, claims    mgmt-a
                        └─ port-b ══════════════════ lan0 ─[br0]─ (gate of the VM)   host B ─ mgmt0 ═ mgmt-b [br1]
                                                                                   arbiter ─ mgmt0 ═══ mgmt-arb
+                                                                                   switch ─ mgmt0 ═══ mgmt-switch
 
-
-The bridges have no addresses, no spanning tree, no forward delay and no multicast snooping, and IPv6 is off
-everywhere, so the only frames on the lan are those of client and guest. Names carry the run's own prefix;
-everything disappears with the namespaces. It does not start any process that stays.
+The lan's bridges have no addresses, no spanning tree, no forward delay and no multicast snooping, and IPv6 is off
+everywhere, so the only frames on the lan are those of client and guest. The switch is an end of the management network
+like any, and br1 answers for nobody (no ARP). Names carry the run's own prefix; everything disappears with the
+namespaces. It does not start any process that stays.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from kagemusha.demo.scope import Scope
 from kagemusha.errors import UnsupportedError
 
 NAMESPACE_DIR = Path("/run/netns")
@@ -33,7 +33,14 @@ MANAGEMENT_BRIDGE = "br1"
 ARBITER = "arb"
 CLIENT_ADDRESS = "10.77.0.1/24"
 GUEST_ADDRESS = "10.77.0.10/24"
-MANAGEMENT = {"a": "10.78.0.1/24", "b": "10.78.0.2/24", "c": "10.78.0.3/24", ARBITER: "10.78.0.9/24"}
+SWITCH = "switch"
+MANAGEMENT = {
+    "a": "10.78.0.1/24",
+    "b": "10.78.0.2/24",
+    "c": "10.78.0.3/24",
+    ARBITER: "10.78.0.9/24",
+    SWITCH: "10.78.0.254/24",
+}
 _BRIDGE_OPTIONS = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
 _IPV6_OFF = "for f in /proc/sys/net/ipv6/conf/{all,default}/disable_ipv6; do [ ! -e $f ] || echo 1 >$f; done"
 
@@ -69,9 +76,19 @@ def namespace_path(name: str) -> Path:
     return NAMESPACE_DIR / name
 
 
-def inside(namespace: str, command: list[str]) -> list[str]:
-    """The command line that runs ``command`` in ``namespace``, without a process in between."""
-    return ["nsenter", f"--net={namespace_path(namespace)}", "--", *command]
+def inside(namespace: str, command: list[str], *, mounts: str | None = None, folder: Path | None = None) -> list[str]:
+    """The command line that runs ``command`` in ``namespace``, without a process in between.
+
+    :param mounts: file that names a mount namespace to enter, too; then ``folder`` is the working directory there.
+    """
+    more = [] if mounts is None else [f"--mount={mounts}", f"--wdns={folder}"]
+    return ["nsenter", f"--net={namespace_path(namespace)}", *more, "--", *command]
+
+
+def apart(command: list[str]) -> list[str]:
+    """The command line that runs ``command`` with its own names of network namespaces, as on a machine of its own."""
+    private = 'mount -t tmpfs none /run/netns && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", private, "sh", *command]
 
 
 def namespaces_with(prefix: str) -> tuple[str, ...]:
@@ -97,11 +114,12 @@ class Traffic:
     sent_bytes: int
 
 
-class Topology:
+class Topology(Scope):
     """The namespaces of one run, made on entry, deleted on exit.
 
     :param prefix: unique for the run; at most 12 characters.
     :param hosts: their names, of those in ``MANAGEMENT``.
+    :ivar managed: the namespace of each end of the management network.
     """
 
     def __init__(self, prefix: str, hosts: Sequence[str] = ("a", "b")) -> None:
@@ -110,24 +128,16 @@ class Topology:
         self.switch = f"{prefix}-switch"
         self.arbiter = f"{prefix}-{ARBITER}"
         self.hosts = {side: f"{prefix}-{side}" for side in hosts}
-        self._stack = ExitStack()
+        self.managed = {**self.hosts, ARBITER: self.arbiter, SWITCH: self.switch}
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         """Make everything.
 
         :raise UnsupportedError: not root, no iproute2, or the kernel lacks a device type.
         """
-        with ExitStack() as stack:
-            stack.callback(delete_namespaces, self.prefix)
-            self._make_namespaces()
-            self._make_links()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        stack.callback(delete_namespaces, self.prefix)
+        self._make_namespaces()
+        self._make_links()
 
     def _make_namespaces(self) -> None:
         names = (self.client, self.switch, self.arbiter, *self.hosts.values())
@@ -138,9 +148,8 @@ class Topology:
 
     def _make_links(self) -> None:
         ends = {"client": (self.client, "eth0")} | {s: (name, "lan0") for s, name in self.hosts.items()}
-        managed = {ARBITER: self.arbiter, **self.hosts}
         pairs = {f"port-{end}": place for end, place in ends.items()}
-        pairs |= {management_port(end): (name, "mgmt0") for end, name in managed.items()}
+        pairs |= {management_port(end): (name, "mgmt0") for end, name in self.managed.items()}
         self._batch(
             None,
             [
@@ -149,12 +158,13 @@ class Topology:
             ],
         )
         self._bridge(self.switch, [f"port-{end}" for end in ends])
-        self._bridge(self.switch, [management_port(end) for end in managed], MANAGEMENT_BRIDGE)
+        self._bridge(self.switch, [management_port(end) for end in self.managed], MANAGEMENT_BRIDGE)
+        self._batch(self.switch, [f"link set {MANAGEMENT_BRIDGE} arp off"])
         address = f"addr add {CLIENT_ADDRESS} dev eth0"
         self._batch(self.client, ["link set lo up", address, "link set eth0 up"])
         for name in self.hosts.values():
             self._bridge(name, ["lan0"])
-        for end, name in managed.items():
+        for end, name in self.managed.items():
             self._batch(name, ["link set lo up", f"addr add {MANAGEMENT[end]} dev mgmt0", "link set mgmt0 up"])
 
     def _bridge(self, namespace: str, ports: list[str], bridge: str = BRIDGE) -> None:
@@ -167,6 +177,13 @@ class Topology:
     def _batch(self, namespace: str | None, lines: list[str]) -> None:
         where = ["-n", namespace] if namespace else []
         _run(["ip", *where, "-batch", "-"], text="\n".join(lines), operation="make the demo's network")
+
+    @property
+    def client_mac(self) -> str:
+        """The address of the client's NIC."""
+        command = ["ip", "-n", self.client, "-j", "link", "show", "dev", "eth0"]
+        text = _run(command, operation="look at the client's NIC")
+        return str(json.loads(text)[0]["address"])
 
     def port_traffic(self, end: str) -> Traffic:
         """What has passed the switch's port to ``end`` ('client', 'a' or 'b'); received: from that end."""

@@ -12,9 +12,7 @@ One that has died is started again with the order that was open.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +22,10 @@ from multiprocessing.connection import Connection
 
 from kagemusha.errors import ConfigError, TransientError
 from kagemusha.failover.arbiter import Arbiter, Claimed
-from kagemusha.kernel.process import close_descriptors_but, set_name, set_pdeathsig
+from kagemusha.kernel.fault_point import reach
+from kagemusha.kernel.forked import fork_process
+from kagemusha.kernel.priority import Urgency
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import NO_TERM, Term
 
 FIRST_GAP_S = 0.05
@@ -101,7 +102,7 @@ class ClaimStatistics:
 
 
 class Claimant:
-    """One guest's claims. To be made by a process without threads.
+    """One guest's claims.
 
     :param open_arbiter: called in the process: a connection must not be shared over a fork.
     :param identity: of the guest; the same for a successor of the worker, so that it is given what the other was.
@@ -119,29 +120,21 @@ class Claimant:
         self._start()
 
     def _start(self) -> None:
-        fork = multiprocessing.get_context("fork")
         self._ours: Connection[_Wanted | None, tuple[int, ClaimAnswer]]
-        self._ours, theirs = fork.Pipe()
+        self._ours, theirs = multiprocessing.Pipe()
 
         def main() -> None:
-            set_pdeathsig(signal.SIGKILL)
-            set_name("kage-claims")
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
-            close_descriptors_but({0, 1, 2, theirs.fileno()})
             with suppress(EOFError, BrokenPipeError, ConnectionResetError):
                 _Asking(self._open_arbiter, self._vm, self._identity, theirs).run()
 
-        self._process = fork.Process(target=main, name="kage-claims")
-        self._process.start()
+        self._process = fork_process(main, name="kage-claims", keep={theirs.fileno()}, urgency=Urgency.DECIDE)
         theirs.close()
         self._ready.register(self._ours, select.EPOLLIN)
 
     def _start_again(self) -> None:
         self._ready.unregister(self._ours)
         self._ours.close()
-        self._process.join()
+        self._process.end()
         self._start()
         self._send(self._last)
 
@@ -198,8 +191,7 @@ class Claimant:
         """End it, also in the middle of asking. May be called again."""
         self._ours.close()
         self._ready.close()
-        self._process.kill()
-        self._process.join()
+        self._process.end()
 
     def _want(self, term: Term, *, quietly: bool) -> None:
         self._number += 1
@@ -257,7 +249,9 @@ class _Asking:
                 self._wanted = None
                 self._orders.send((wanted.number, Newest(self._arbiter.newest(self._vm))))
                 return
+            reach(Fault.CLAIMS_ASKING)
             holder = self._arbiter.claim(self._vm, wanted.term, self._identity).holder
+            reach(Fault.CLAIMS_ANSWERED)
         except (TransientError, ConfigError) as error:
             if isinstance(error, ConfigError):
                 self._forget_arbiter()

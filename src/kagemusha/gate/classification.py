@@ -7,23 +7,39 @@ rule sets come from (see ``rulebase``), nor what becomes of held frames (see ``l
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
-from kagemusha.gate.devices import HOLD, UPLINK
-from kagemusha.gate.namespace import GateNetwork
-from kagemusha.gate.rules.classifier import ClassifierRule, assemble, load, redirecting
+from kagemusha.gate.rules.classifier import ClassifierRule, Ending, assemble, load
 from kagemusha.gate.rules.counters import CounterReading, RuleCounters
 from kagemusha.gate.rules.matcher import bind
+from kagemusha.kernel.bpf_slot import ProgramSlot
 from kagemusha.model.rules import MAX_RULES, RuleSet, VmAddresses
+
+
+class ClassifiedPath(Protocol):
+    """The way of a VM's frames: ``GateNetwork`` on a host, ``switched.vm.VmPort`` on a switch."""
+
+    @property
+    def slot(self) -> ProgramSlot:
+        """Of the program that says which frames are held."""
+
+    def ending(self) -> Ending:
+        """What becomes of a frame that the rules have judged."""
 
 
 class Classification:
     """What a gate's frames are classified by. To be used by one process; it may be a fork of the network's."""
 
-    def __init__(self, network: GateNetwork, addresses: VmAddresses) -> None:
-        self._network = network
+    def __init__(self, path: ClassifiedPath, addresses: VmAddresses) -> None:
+        self._path = path
         self._addresses = addresses
         self._counters = RuleCounters(MAX_RULES)
         self._names: tuple[str, ...] = ()
+
+    @property
+    def descriptor(self) -> int:
+        """Of the counters: a process that is to install rules needs it."""
+        return self._counters.fd
 
     def install(self, rule_set: RuleSet) -> None:
         """Put a rule set into force; returns when every further frame is classified by it.
@@ -39,11 +55,9 @@ class Classification:
                 ClassifierRule(None if program is None else program.instructions, rule_set.action_of(rule), entry)
                 for rule, program, entry in zip(rule_set.rules, bound.programs, entries, strict=True)
             ]
-            network = self._network
-            ending = redirecting(network.count.fd, network.index_of(HOLD), network.index_of(UPLINK))
-            program = load(assemble(rules, rule_set.default_action, self._counters.fd, ending))
+            program = load(assemble(rules, rule_set.default_action, self._counters.fd, self._path.ending()))
             try:
-                network.slot.put(program)
+                self._path.slot.put(program)
             finally:
                 os.close(program)
         except BaseException:

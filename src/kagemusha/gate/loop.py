@@ -6,6 +6,9 @@ buffer have allowed, oldest first. Commands are looked at between batches, so a 
 Released frames are paced: a receiver with an ordinary socket buffer would lose most of a burst of hundreds of frames
 that the guest had sent over a whole epoch. Facts: redirection into the hold tap is synchronous, so once the guest
 stands, reading until EAGAIN gets all of its output; reading a tap gives one frame each.
+
+At a seal copies of an epoch's frames go to the standby, as far as there is room, and when they have left it is told: a
+restored guest does not send again by itself what it has sent before its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from collections.abc import Callable
 
 from kagemusha.errors import BugError, WireError
 from kagemusha.gate import messages
-from kagemusha.gate.devices import HOLD
+from kagemusha.gate.copies import copy_sealed
 from kagemusha.gate.messages import Command, GateStatistics, Reply
 from kagemusha.kernel.bpf import HoldCount
+from kagemusha.kernel.fault_point import reach
+from kagemusha.kernel.output_channel import OutputChannel
 from kagemusha.kernel.tap import FRAME_BYTES_MAX
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch
 from kagemusha.protocol import gate as protocol
 
@@ -34,9 +40,13 @@ _TX_DROPPED_COLUMN = 11  # of /proc/net/dev, after the name
 
 
 class QueueDrops:
-    """How many frames the kernel dropped because hold0's queue was full; in the reading thread's namespace."""
+    """How many frames the kernel dropped because the hold tap's queue was full.
 
-    def __init__(self) -> None:
+    :param device: its name, in the namespace of the thread that makes this.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._fd = os.open("/proc/thread-self/net/dev", os.O_RDONLY | os.O_CLOEXEC)
         self._seen = 0  # the device is as old as its gate; frames may have come before this process ran
 
@@ -44,7 +54,7 @@ class QueueDrops:
         """Since the device exists."""
         for line in os.pread(self._fd, 65_536, 0).decode().splitlines():
             name, _, columns = line.partition(":")
-            if name.strip() == HOLD:
+            if name.strip() == self._device:
                 return int(columns.split()[_TX_DROPPED_COLUMN])
         return 0
 
@@ -58,12 +68,25 @@ class QueueDrops:
 class HoldLoop:
     """What the gate process does, until its control socket is closed.
 
-    :param hold_fd: of hold0, non-blocking; read and written by nobody else.
+    :param hold_fd: of the hold tap, non-blocking; read and written by nobody else.
     :param control: SOCK_SEQPACKET.
+    :param drops: of the hold tap's queue.
     :param hold_bytes: bound of what is kept.
+    :param stands_at_seal: at a seal nothing is on its way into the hold tap; behind a network there may be.
+    :param copies: for copies of what waits for a commit, and word of it when it has left; None: nobody wants them.
     """
 
-    def __init__(self, hold_fd: int, control: socket.socket, count: HoldCount, hold_bytes: int) -> None:
+    def __init__(
+        self,
+        hold_fd: int,
+        control: socket.socket,
+        count: HoldCount,
+        drops: QueueDrops,
+        hold_bytes: int,
+        stands_at_seal: bool = True,
+        copies: OutputChannel | None = None,
+    ) -> None:
+        self._copies = copies
         self._hold_fd = hold_fd
         self._control = control
         self._count = count
@@ -71,22 +94,25 @@ class HoldLoop:
         self._queue: deque[bytes] = deque()
         self._allowed = 0
         self._next_burst_t = 0.0
-        self._split = 0
+        # Of a time before this process; what was given and has not left is in the tap.
+        self._split = -min(count.returned, count.given)
         self._pass_until: int | None = None
-        self._drops = QueueDrops()
+        self._drops = drops
+        self._stands_at_seal = stands_at_seal
         self._serve: dict[Command, Callable[[Epoch], None]] = {
             Command.SEAL: self._seal,
             Command.RELEASE: lambda epoch: self._step(protocol.EpochCommitted(epoch)),
             Command.PASS: self._pass,
             Command.HOLD: self._hold,
             Command.COUNT: self._report_counts,
+            Command.DISCARD: self._discard,
         }
 
     def run(self) -> None:
         """Serve until the worker closes its end.
 
         :raise ProtocolError: the worker broke the order of epochs.
-        :raise OSError: hold0 is gone.
+        :raise OSError: the hold tap is gone.
         """
         sources = [self._control.fileno(), self._hold_fd]
         while True:
@@ -131,9 +157,11 @@ class HoldLoop:
         given = self._count.given  # the guest stands: all of them were read, or dropped by a full queue
         if len(self._queue) != self._data.pending:
             raise BugError(f"{len(self._queue)} frames are kept, {self._data.pending} are accounted for", epoch=epoch)
+        reach(Fault.GATE_SEALING)
         self._step(protocol.SealEpoch(epoch))
         self._look_for_overflow()  # after the answer: the guest is waiting for that
-        self._split = self._data.held - given
+        split = self._data.held - given  # too low by the frames that were given and are not in the tap yet
+        self._split = split if self._stands_at_seal else max(self._split, split)
 
     def _pass(self, _: Epoch) -> None:
         self._look_for_overflow()
@@ -144,6 +172,14 @@ class HoldLoop:
         self._look_for_overflow()
         self._step(protocol.HoldRequested())
         self._control.send(messages.encode(Reply.HOLDS))
+
+    def _discard(self, _: Epoch) -> None:
+        while self._read_batch():
+            pass
+        self._look_for_overflow()
+        before = self._data.discarded
+        self._step(protocol.DiscardRequested())
+        self._control.send(messages.encode(Reply.DISCARDED, self._data.discarded - before))
 
     def _report_counts(self, _: Epoch) -> None:
         self._look_for_overflow()
@@ -184,6 +220,7 @@ class HoldLoop:
 
     def _write_burst(self) -> None:
         """Write the oldest frames back; what the kernel refuses for good is discarded."""
+        reach(Fault.GATE_RELEASING)
         written = refused = size = 0
         for _ in range(min(BURST_FRAMES, self._allowed)):
             frame = self._queue[0]
@@ -235,7 +272,15 @@ class HoldLoop:
                 self._allowed += frames
             case protocol.ReportSealed(epoch, frames, size, dropped):
                 self._control.send(messages.encode(Reply.SEALED, epoch, frames, size, dropped))
+                if self._copies is not None:  # after the answer: the guest is waiting for that
+                    copy_sealed(self._copies, epoch, self._queue, frames)
+            case protocol.ReportLeft(epoch):
+                if self._copies is not None:
+                    self._copies.put_left(epoch)
             case protocol.ReportDemand(demand):
                 self._control.send(messages.encode(Reply.DEMAND, demand))
+            case protocol.Discard(frames):
+                for _ in range(frames):
+                    self._queue.pop()
             case protocol.Drop():
                 raise AssertionError("a batch's drops are done where it was read")

@@ -29,6 +29,7 @@ class Command(enum.IntEnum):
     PASS = 3  # answered by PASSED when nothing is left
     HOLD = 4  # answered by HOLDS
     COUNT = 5  # answered by COUNTED
+    DISCARD = 6  # answered by DISCARDED
 
 
 class Reply(enum.IntEnum):
@@ -38,6 +39,7 @@ class Reply(enum.IntEnum):
     PASSED = 18
     HOLDS = 19
     COUNTED = 20  # the fields of GateStatistics
+    DISCARDED = 22  # frames
     DEMAND = 21  # how much the open epoch's output wants it to end; sent when it grows, not asked for
 
 
@@ -50,12 +52,18 @@ class Sealed:
     bytes: int
     dropped_frames: int
 
+    @property
+    def session(self) -> int:
+        """Of no switch."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class GateStatistics:
     """Totals since the gate process began: held = released + dropped + discarded + pending, in frames.
 
-    dropped: no room (byte bound or kernel queue); discarded: the kernel refused to take them back.
+    dropped: no room (byte bound or kernel queue); discarded: the kernel refused to take them back, or another instance
+    of the guest went on from a commit before them.
     """
 
     held_frames: int

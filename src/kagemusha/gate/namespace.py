@@ -28,17 +28,19 @@ from __future__ import annotations
 import enum
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Self
 
-from kagemusha.errors import KageError, TransientError, UnsupportedError
+from kagemusha.errors import BugError, KageError, TransientError, UnsupportedError
 from kagemusha.gate import devices
 from kagemusha.gate.devices import HOLD, UPLINK, VM
+from kagemusha.gate.rules.classifier import Ending, counting, redirecting
 from kagemusha.kernel import bpf, netns
 from kagemusha.kernel.bpf_lease import Lease, lease_program
 from kagemusha.kernel.bpf_slot import ProgramSlot
 from kagemusha.kernel.netlink import Links
-from kagemusha.kernel.tap import open_tap
+from kagemusha.kernel.tap import FRAME_BYTES_MAX, open_tap
 from kagemusha.model.config import NetworkTable
 
 _DRAIN_TIMEOUT_S = 2.0
@@ -52,13 +54,20 @@ class GateMode(enum.Enum):
     CLOSED = "closed"  # nothing leaves, nothing comes in; the lease is ended
     PASS = "pass"  # straight through, without an end to the lease
     HOLD = "hold"  # what the guest sends waits in the gate process, unless a rule lets it go; what it is sent comes in
+    WAIT = "wait"  # where a switch holds: what the guest sends waits here, in hold0's own queue, until PASS or HOLD
 
 
 class _Programs:
     """The programs, loaded once; their descriptors."""
 
     def __init__(
-        self, count: bpf.HoldCount, slot: ProgramSlot, lease: Lease, index: dict[str, int], stack: ExitStack
+        self,
+        count: bpf.HoldCount,
+        slot: ProgramSlot,
+        lease: Lease,
+        index: dict[str, int],
+        stack: ExitStack,
+        mac: bytes | None,
     ) -> None:
         def keep(fd: int) -> int:
             stack.callback(os.close, fd)
@@ -68,8 +77,23 @@ class _Programs:
         self.to_vm = keep(bpf.redirect_program(index[VM]))
         self.to_uplink = keep(bpf.redirect_program(index[UPLINK]))
         self.by_rules = keep(bpf.slot_program(slot, count, index[HOLD]))
+        self.from_vm = self.to_uplink
         self.drain = keep(bpf.drain_program(count, index[HOLD], index[UPLINK]))
+        if mac is not None:
+            held = keep(bpf.slot_program(self._filled(stack), count, index[HOLD]))
+            self.waiting = keep(bpf.own_frames_program(mac, index[UPLINK], self._filled(stack, held)))
+            self.drain = keep(bpf.own_frames_program(mac, index[UPLINK], self._filled(stack, self.drain)))
+            self.from_vm = self.by_rules = keep(bpf.own_frames_program(mac, index[UPLINK], slot))
         self.within_lease = keep(lease_program(lease))
+
+    @staticmethod
+    def _filled(stack: ExitStack, program: int | None = None) -> ProgramSlot:
+        """A slot of one program's own."""
+        slot = ProgramSlot()
+        stack.callback(slot.close)
+        if program is not None:
+            slot.put(program)
+        return slot
 
 
 class GateNetwork:
@@ -79,31 +103,39 @@ class GateNetwork:
     :ivar namespace_fd: descriptor of it.
     :ivar tap_fd: descriptor of ``vm0`` for QEMU, or -1 when a running VM's tap was taken over.
     :ivar hold_fd: descriptor of ``hold0``, or -1 once the gate process owns it.
+    :ivar hold_device: its name.
     :ivar count: frames given to hold0 and returned from it.
     :ivar lease: until when frames may leave.
     :ivar recovered: a predecessor was killed and had left this network behind.
     :ivar slot: of the program that says which frames are held.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, switched_mac: bytes | None = None) -> None:
         self.name = name
+        self._switched_mac = switched_mac
         self.namespace_fd = -1
         self.tap_fd = -1
         self.hold_fd = -1
+        self.hold_device = HOLD
         self.mode = GateMode.CLOSED
         self.recovered = False
         self._undo = ExitStack()
 
     @classmethod
-    def build(cls, vm: str, role: str, network: NetworkTable) -> Self:
+    def build(cls, vm: str, role: str, network: NetworkTable, *, switched: bool = False) -> Self:
         """Make the namespace and its devices; the thread's current namespace has the bridge, uplink or tap.
+
+        :param switched: a switch holds the VM's frames. Then in HOLD, too, they go on at once, and there is no lease;
+            but only those with the VM's own source address, by which the switch knows them. The slot's program
+            counts what each rule matches, and decides nothing.
 
         What a killed predecessor of the same name left is removed first.
 
         :raise ConfigError: a device that the configuration names is not there.
         :raise UnsupportedError: the kernel refuses something.
         """
-        gate = cls(devices.namespace_name(vm, role))
+        mac = bytes.fromhex(network.mac.replace(":", "")) if switched else None
+        gate = cls(devices.namespace_name(vm, role), mac)
         try:
             gate._build(vm, role, network)
         except BaseException as error:
@@ -171,7 +203,7 @@ class GateNetwork:
         self.lease = Lease()
         self._undo.callback(self.lease.close)
         self._index = {name: self._links.get(name).index for name in (VM, UPLINK, HOLD)}
-        self._programs = _Programs(self.count, self.slot, self.lease, self._index, self._undo)
+        self._programs = _Programs(self.count, self.slot, self.lease, self._index, self._undo, self._switched_mac)
         self._attached: dict[str, int] = {}
         for name in (VM, HOLD, UPLINK):
             self._links.add_clsact(name)
@@ -183,6 +215,12 @@ class GateNetwork:
         """The interface index of one of the three devices."""
         return self._index[name]
 
+    def ending(self) -> Ending:
+        """What becomes of a frame that the rules have judged."""
+        if self._switched_mac is not None:
+            return counting(self._index[UPLINK])
+        return redirecting(self.count.fd, self._index[HOLD], self._index[UPLINK])
+
     def _attach(self, name: str, program: int) -> None:
         if self._attached.get(name) != program:
             self._links.set_ingress_program(self._index[name], program)
@@ -191,24 +229,32 @@ class GateNetwork:
     def set_mode(self, mode: GateMode) -> None:
         """Change what happens to the frames.
 
-        HOLD: the gate process must be holding already; the lease stays as it is. PASS after HOLD: it must be passing
-        (or be dead: then what it had is lost). A guest that sends without a gap goes on through the gate process, in
-        order, until there is one. PASS is for a guest that no other instance will stand in for: its lease has no end.
+        HOLD: the gate process must be holding already, or not be there yet: then frames wait in hold0's own queue. The
+        lease stays as it is. PASS after HOLD: it must be passing (or be dead: then what it had is lost; or not be there
+        yet). A guest that sends without a gap goes on through the gate process, in order, until there is one. PASS is
+        for a guest that no other instance will stand in for: its lease has no end.
 
         :raise TransientError: frames are held in the gate process after two seconds and none leaves; they and
             those behind them still go that way, in order, and the mode is as before.
         :raise KageError: the kernel refused; the mode is as before.
+        :raise BugError: WAIT, and no switch holds.
         """
         programs = self._programs
-        vm = {GateMode.CLOSED: programs.drop, GateMode.PASS: programs.to_uplink, GateMode.HOLD: programs.by_rules}
+        vm = {GateMode.CLOSED: programs.drop, GateMode.PASS: programs.from_vm, GateMode.HOLD: programs.by_rules}
         closed = mode is GateMode.CLOSED
-        if mode is GateMode.PASS:
+        switched = self._switched_mac is not None
+        if switched:
+            vm[GateMode.WAIT] = programs.waiting
+        elif mode is GateMode.WAIT:
+            raise BugError("no switch holds for this network", operation=f"set the gate {self.name} to {mode.value}")
+        if mode is GateMode.PASS or (switched and not closed):
             self.lease.forever()
         elif closed:
             self.lease.end()
+        waited = self.mode is (GateMode.WAIT if switched else GateMode.HOLD)
+        lets_out = mode is GateMode.PASS or (switched and mode is GateMode.HOLD)
         try:
-            drained = mode is not GateMode.PASS or self.mode is not GateMode.HOLD or self._drain()
-            if drained:
+            if not (waited and lets_out) or self._drain():
                 self._attach(VM, vm[mode])
             # hold0 is gone together with the gate process
             if HOLD in self._attached and self._links.find(HOLD) is not None:
@@ -218,6 +264,20 @@ class GateNetwork:
             raise KageError(str(error), operation=f"set the gate {self.name} to {mode.value}") from error
         self.mode = mode
 
+    def send_ahead(self, frames: Sequence[bytes]) -> int:
+        """In HOLD, without a gate process: let these leave ahead of all that waits, without an end to the lease.
+
+        :return: how many the kernel took.
+        """
+        assert self.mode is GateMode.HOLD
+        self.lease.forever()
+        sent = 0
+        for frame in frames:
+            with suppress(OSError):  # refused for good, or no memory: as if a network had lost it
+                os.write(self.hold_fd, frame)
+                sent += 1
+        return sent
+
     def _drain(self) -> bool:
         """Let frames queue up behind held ones until there are none; False: it is well under way, and left so."""
         if self._links.find(HOLD) is None:
@@ -226,6 +286,10 @@ class GateNetwork:
         began, before = time.monotonic(), self.count.returned
         while self.count.returned < self.count.given:
             waited_s = time.monotonic() - began
+            if self.hold_fd >= 0:
+                if not self._forward_waiting() and waited_s > _DRAIN_PATIENCE_S:
+                    self.count.returned = self.count.given  # the rest is lost: the queue was full
+                continue
             if waited_s > _DRAIN_PATIENCE_S and self.count.returned > before:
                 return False
             if waited_s > _DRAIN_TIMEOUT_S:
@@ -236,6 +300,18 @@ class GateNetwork:
                 )
             time.sleep(_DRAIN_LOOK_S)
         return True
+
+    def _forward_waiting(self) -> int:
+        """There is no gate process yet: let go what waits in hold0's queue, oldest first. How many frames that was."""
+        frames = 0
+        with suppress(BlockingIOError):
+            while True:
+                frame = os.read(self.hold_fd, FRAME_BYTES_MAX)
+                frames += 1
+                with suppress(OSError):  # the kernel refuses it for good
+                    os.write(self.hold_fd, frame)
+        self.count.returned += frames
+        return frames
 
     def drop_hold_fd(self) -> None:
         """Close this process's descriptor of hold0: the gate process's is to be the only one."""

@@ -7,71 +7,89 @@ Does not decide anything (see ``protocol.gate``) and does not change programs (s
 
 from __future__ import annotations
 
-import gc
 import os
 import select
-import signal
 import socket
 import time
-import traceback
 from contextlib import suppress
-from typing import NoReturn
+from typing import Protocol
 
 from kagemusha.errors import BugError, KageError, TransientError
 from kagemusha.gate import messages
-from kagemusha.gate.loop import HoldLoop
+from kagemusha.gate.loop import HoldLoop, QueueDrops
 from kagemusha.gate.messages import Command, GateStatistics, Reply, Sealed
-from kagemusha.gate.namespace import GateNetwork
-from kagemusha.kernel import netns
-from kagemusha.kernel.process import close_descriptors_but, pidfd_open, set_name, set_pdeathsig
+from kagemusha.kernel.bpf import HoldCount
+from kagemusha.kernel.forked import ForkedProcess, fork_process
+from kagemusha.kernel.output_channel import OutputChannel
+from kagemusha.kernel.priority import Urgency
+from kagemusha.kernel.process import wait_ended
 from kagemusha.model.ids import Epoch
 from kagemusha.protocol.gate import Demand
 
-_ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 _PASS_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 1.0
-_PRIORITY = -15
 
 
-def spawn_gate(network: GateNetwork, *, hold_bytes: int) -> GateClient:
+class HoldPoint(Protocol):
+    """Where frames are held: ``GateNetwork`` on a host, ``switched.hold.HoldTap`` on a switch.
+
+    :ivar hold_fd: descriptor of the hold tap, or -1 once a gate process owns it.
+    """
+
+    hold_fd: int
+
+    @property
+    def hold_device(self) -> str:
+        """The hold tap's name."""
+
+    @property
+    def namespace_fd(self) -> int:
+        """Descriptor of the namespace in which it is."""
+
+    @property
+    def count(self) -> HoldCount:
+        """Frames given to the hold tap and returned from it."""
+
+    def drop_hold_fd(self) -> None:
+        """Close this process's descriptor."""
+
+
+def spawn_gate(
+    network: HoldPoint,
+    *,
+    hold_bytes: int,
+    stands_at_seal: bool = True,
+    copies: OutputChannel | None = None,
+    answer_s: float = ANSWER_TIMEOUT_S,
+) -> GateClient:
     """Start the gate process; it holds from the first moment. To be called from a process without threads.
 
     :param hold_bytes: frames beyond this many pending bytes are dropped.
+    :param stands_at_seal: once the guest is paused, no frame of it is on its way here any more.
+    :param copies: for what waits for a commit, see :class:`HoldLoop`.
+    :param answer_s: how long the caller can wait for an answer.
     :raise KageError: the network's gate process was started before.
     """
     if network.hold_fd < 0:
         raise KageError("the network has a gate process already", operation="start the gate process")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _child(network, theirs, parent, hold_bytes)
+
+    def main() -> None:
+        drops = QueueDrops(network.hold_device)
+        HoldLoop(network.hold_fd, theirs, network.count, drops, hold_bytes, stands_at_seal, copies).run()
+
+    kept = copies.writer_fds if copies is not None else set()
+    process = fork_process(
+        main,
+        name="kage-gate",
+        keep={network.hold_fd, theirs.fileno(), *kept},
+        urgency=Urgency.HOLD,
+        namespace_fd=network.namespace_fd,
+    )
     theirs.close()
     network.drop_hold_fd()
-    return GateClient(pid, ours)
-
-
-def _child(network: GateNetwork, control: socket.socket, parent: int, hold_bytes: int) -> NoReturn:
-    code = 1
-    try:
-        set_pdeathsig(signal.SIGKILL)
-        set_name("kage-gate")
-        if os.getppid() == parent:  # else it died before the line above
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            netns.enter(network.namespace_fd)
-            close_descriptors_but({0, 1, 2, network.hold_fd, control.fileno()})
-            with suppress(PermissionError):  # a guest's pause waits for the seal; without the right it waits longer
-                os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
-            gc.disable()  # frames and numbers make no cycles; a collection would walk the worker's whole heap
-            HoldLoop(network.hold_fd, control, network.count, hold_bytes).run()
-            code = 0
-    except BaseException:
-        with suppress(OSError):
-            os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(code)
+    return GateClient(process, ours, answer_s)
 
 
 class GateClient:
@@ -79,16 +97,16 @@ class GateClient:
 
     Every method raises :class:`BugError` when the process has died: hold0 is gone then, and what it held with it.
 
+    :ivar process: the process.
     :ivar demand: how much the open epoch's output wants it to end, as far as was heard.
     """
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
-        self.pid = pid
-        self.pidfd = pidfd_open(pid)
+    def __init__(self, process: ForkedProcess, control: socket.socket, answer_s: float = ANSWER_TIMEOUT_S) -> None:
+        self.process = process
+        self._answer_s = answer_s
         self._control = control
         self._sealed: dict[Epoch, Sealed] = {}
         self.demand = Demand.NONE
-        self._closed = False
 
     def fileno(self) -> int:
         """The control socket: readable when an answer is there, or the process is gone."""
@@ -111,6 +129,11 @@ class GateClient:
             self._take(deadline, f"seal epoch {epoch}")
         return self._sealed.pop(epoch)
 
+    def take_sealed(self, epoch: Epoch) -> Sealed | None:
+        """The answer to :meth:`seal`, if it is there. Does not wait."""
+        self.pump()
+        return self._sealed.pop(epoch, None)
+
     def pump(self) -> None:
         """Take in what the process has said without being asked. Does not wait."""
         while select.select([self._control], (), (), 0)[0]:
@@ -127,28 +150,39 @@ class GateClient:
         """
         self._ask(Command.PASS, Reply.PASSED, _PASS_TIMEOUT_S)
 
+    def begin_pass(self) -> None:
+        """The same without waiting: ``HoldCount.returned`` tells how far it is."""
+        self._send(Command.PASS)
+
     def hold(self) -> None:
         """Hold from now on; set ``GateMode.HOLD`` afterwards. What is held already waits for the next commit.
 
-        :raise TransientError: no answer within five seconds.
+        :raise TransientError: no answer in time.
         """
-        self._ask(Command.HOLD, Reply.HOLDS, _ANSWER_TIMEOUT_S)
+        self._ask(Command.HOLD, Reply.HOLDS, self._answer_s)
+
+    def discard(self) -> int:
+        """Forget what is held and not released: another instance goes on from the last commit. How many frames.
+
+        Frames that were released still leave. Nothing more of the old instance may come in by now.
+
+        :raise TransientError: no answer in time.
+        """
+        return self._ask(Command.DISCARD, Reply.DISCARDED, self._answer_s)[0]
 
     def statistics(self) -> GateStatistics:
-        """The totals now. :raise TransientError: no answer within five seconds."""
-        return GateStatistics(*self._ask(Command.COUNT, Reply.COUNTED, _ANSWER_TIMEOUT_S)[:6])
+        """The totals now. :raise TransientError: no answer in time."""
+        return GateStatistics(*self._ask(Command.COUNT, Reply.COUNTED, self._answer_s)[:6])
 
     def close(self) -> None:
         """End the process; what it still holds is gone. May be called again, and after its death."""
-        if self._closed:
-            return
-        self._closed = True
         self._control.close()
-        if not select.select([self.pidfd], (), (), _END_TIMEOUT_S)[0]:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-        os.close(self.pidfd)
+        self.process.end(patience_s=_END_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """The same at once, of a process that may be frozen."""
+        self._control.close()
+        self.process.end()
 
     def _send(self, command: Command, epoch: Epoch | int = 0) -> None:
         operation = f"{command.name.lower()} the gate"
@@ -189,9 +223,9 @@ class GateClient:
 
     def _death(self, operation: str) -> BugError:
         how = "is gone"
-        select.select([self.pidfd], (), (), _END_TIMEOUT_S)  # its socket closes a moment before it has ended
+        wait_ended(self.process.pidfd, _END_TIMEOUT_S)  # its socket closes a moment before it has ended
         with suppress(ChildProcessError):
-            end = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            end = os.waitid(os.P_PIDFD, self.process.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if end is not None:
                 how = f"ended with {'exit code' if end.si_code == os.CLD_EXITED else 'signal'} {end.si_status}"
         return BugError(

@@ -22,6 +22,11 @@ from kagemusha.guest.qmp import QmpEvent, QmpSession
 PAUSE_TIMEOUT_S = 30.0
 
 
+def resumed_by_others() -> GuestError:
+    """What was captured is of a running guest, and no checkpoint."""
+    return GuestError("somebody else resumed the guest during our pause", operation="capture")
+
+
 @dataclass(frozen=True, slots=True)
 class Pause:
     """One pause of the guest.
@@ -53,18 +58,25 @@ class GuestControl:
         self._blocks_number = 0
         self._stop_t = 0.0
         self._stop_us = 0
+        self._resumed = self._resumed_early = False
         self.running = bool(session.execute("query-status")["running"])
         self.shutdown: QmpEvent | None = None
 
     def pump(self) -> None:
-        """Take note of events that have arrived. Does not wait."""
-        self._session.pump()
-        self._note_events()
+        """Take note of events that have arrived. Does not wait.
+
+        :raise GuestGoneError: QEMU hung up; what it said before is noted.
+        """
+        try:
+            self._session.pump()
+        finally:
+            self._note_events()
 
     def begin_stop_and_save(self) -> None:
         """Ask QEMU to stop the guest and then save its devices."""
         self._state.rewind()
         self.pump()  # a STOP that came before is not ours
+        self._resumed = self._resumed_early = False
         self._stop_t = time.monotonic()
         self._stop_number, self._save_number = self._session.send_many([("stop", None), self._state.command])
 
@@ -75,9 +87,11 @@ class GuestControl:
         """
         self._session.wait(self._stop_number, timeout_s=PAUSE_TIMEOUT_S, operation="stop the guest")
         event = self._session.take_event("STOP")
-        self._note_events()
+        self._note_events()  # all from before the answer, and none from after it
+        self._resumed = False
         if event is None:
             return False
+        self.running = False
         self._stop_us = event.time_us
         return True
 
@@ -89,25 +103,47 @@ class GuestControl:
         """What was saved last; it stays until the next save."""
         return self._state.read()
 
-    def begin_resume(self) -> None:
-        """Ask QEMU to let the guest run, and then for its RAM blocks.
+    def stood(self) -> bool:
+        """Whether nobody else has let the guest run in our pause up to now. To be asked when all is copied.
 
-        :raise GuestError: somebody else let it run meanwhile, so what was copied is of a running guest.
+        QEMU writes RESUME into our socket before a vCPU runs (system/cpus.c), and nothing at all for a ``cont`` that
+        finds the guest running. So a look before our own tells whether it ran meanwhile; later none does.
         """
-        self._session.pump()
-        if any(event.name == "RESUME" for event in self._session.events):
-            raise GuestError("somebody else resumed the guest during our pause", operation="resume the guest")
-        self._cont_number, self._blocks_number = self._session.send_many([("cont", None), LIST_RAM_BLOCKS])
+        self.pump()
+        return not self._resumed
+
+    def begin_resume(self) -> None:
+        """Ask QEMU to let the guest run, and then for its RAM blocks. The guest waits for the first of the two.
+
+        If somebody else has let it run, they decide whether it goes on: nothing is asked for then.
+        """
+        self._resumed_early = not self.stood()
+        if self._resumed_early:
+            return
+        self._cont_number = self._session.send("cont")
+        self._blocks_number = self._session.send(*LIST_RAM_BLOCKS)
 
     def wait_resumed(self) -> Pause:
-        """Wait until the guest runs and tell how long it stood."""
+        """Wait until the guest runs and tell how long it stood.
+
+        :raise GuestError: somebody else let it run before, so what was copied is of a running guest.
+        """
+        if self._resumed_early:
+            raise resumed_by_others()
         self._session.wait(self._cont_number, timeout_s=PAUSE_TIMEOUT_S, operation="resume the guest")
         wall_us = int((time.monotonic() - self._stop_t) * 1e6)
         event = self._session.take_event("RESUME")
         if event is None:
             raise GuestError("QEMU answered cont but the guest did not resume", operation="resume the guest")
-        self._note_events()
+        self.running = True
+        self._note_events()  # it may have been paused since
         return Pause(event.time_us - self._stop_us, wall_us, self._stop_t)
+
+    def let_run(self) -> None:
+        """See that a pause of ours, whatever has become of it, keeps nobody from running."""
+        if self.stood():
+            self._session.execute("cont", timeout_s=PAUSE_TIMEOUT_S)
+            self._note_events()
 
     def ram_blocks(self) -> str:
         """What QEMU said of its RAM blocks right after the last resume, as ``info ramblock`` prints it."""
@@ -145,6 +181,7 @@ class GuestControl:
         )
         was_running = self.wait_stopped()
         self.wait_saved()
+        self._resumed_early = False
         pause = self.wait_resumed()
         return pause if was_running else None
 
@@ -160,6 +197,6 @@ class GuestControl:
                 case "STOP":
                     self.running = False
                 case "RESUME":
-                    self.running = True
+                    self.running = self._resumed = True
                 case "SHUTDOWN":
                     self.shutdown = event

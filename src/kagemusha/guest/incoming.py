@@ -21,6 +21,8 @@ import struct
 from kagemusha.errors import GuestError
 from kagemusha.guest.device_state import MAGIC
 from kagemusha.guest.qmp import QmpSession
+from kagemusha.kernel.fault_point import reach
+from kagemusha.model.faults import Fault
 
 _CONFIGURATION = b"\x07"
 _DESCRIPTION = b"\x06"
@@ -72,6 +74,7 @@ class IncomingGuest:
             except OSError as error:
                 raise GuestError(f"QEMU broke off: {error}", operation="feed the device state") from error
             self._session.wait(number, operation="activate the standby")
+            reach(Fault.STANDBY_LOADED)
             self._ours.shutdown(socket.SHUT_WR)
             self._session.wait_event("RESUME", timeout_s=ACTIVATION_TIMEOUT_S)
 

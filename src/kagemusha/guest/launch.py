@@ -8,7 +8,6 @@ PDEATHSIG: a dead worker means a dead QEMU, so a killed primary cannot run on un
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import time
@@ -18,7 +17,8 @@ from pathlib import Path
 
 from kagemusha.errors import ConfigError, GuestError, GuestGoneError, TransientError
 from kagemusha.guest.qmp import QmpSession
-from kagemusha.kernel.process import pidfd_open, pidfd_send_signal, process_of_thread, set_pdeathsig
+from kagemusha.kernel.priority import calm
+from kagemusha.kernel.process import pidfd_open, pidfd_send_signal, process_of_thread, set_pdeathsig, wait_ended
 
 NETDEV_ID = "kage0"
 GUEST_PORT_NAME = "org.kagemusha.rules.0"
@@ -61,7 +61,7 @@ class QemuProcess:
         """SIGTERM, on which QEMU closes its images and exits; SIGKILL if it does not."""
         with suppress(ProcessLookupError):
             pidfd_send_signal(self._pidfd, signal.SIGTERM)
-        if self._wait_end(STOP_TIMEOUT_S):
+        if wait_ended(self._pidfd, STOP_TIMEOUT_S):
             self.wait()
         else:
             self.kill()
@@ -70,13 +70,8 @@ class QemuProcess:
         """Wait for the end; the exit code if we are the parent (negative: signal)."""
         if self._child is not None:
             return self._child.wait()
-        self._wait_end(None)
+        wait_ended(self._pidfd, None)
         return None
-
-    def _wait_end(self, timeout_s: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
     def close(self) -> None:
         """Give up the pidfd. Does not end the process."""
@@ -136,7 +131,7 @@ def launch(
             arguments,
             pass_fds=(tap_fd,),
             stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: set_pdeathsig(signal.SIGKILL),
+            preexec_fn=_prepare,
         )
     except OSError as error:
         raise ConfigError(f"vm.command: cannot run {command[0]}: {error.strerror}", operation="start QEMU") from error
@@ -172,6 +167,11 @@ def attach(qmp: Path) -> tuple[QemuProcess, QmpSession]:
     except BaseException:
         session.close()
         raise
+
+
+def _prepare() -> None:
+    set_pdeathsig(signal.SIGKILL)
+    calm()
 
 
 def _connect_while_alive(child: subprocess.Popen[bytes], qmp: Path) -> QmpSession:

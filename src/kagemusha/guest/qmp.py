@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import array
 import json
+import secrets
 import select
 import socket
 import time
@@ -76,7 +77,8 @@ class QmpSession:
         self._poll.register(connection, select.POLLIN)
         self._buffer = bytearray()
         self._answers: dict[int, dict[str, Any]] = {}
-        self._last_id = 0
+        # QEMU may give a client the answer to the last command of the one before it, who died waiting for it.
+        self._last_id = secrets.randbits(48)
         self._outstanding: set[int] = set()
         self.events: deque[QmpEvent] = deque()
         self.greeting = self._negotiate(timeout_s)
@@ -125,8 +127,8 @@ class QmpSession:
 
     def _negotiate(self, timeout_s: float) -> QmpGreeting:
         deadline = time.monotonic() + timeout_s
-        greeting: dict[str, Any] | None = None
-        while greeting is None:
+        greeting = self._next_message(deadline, "wait for the QMP greeting")
+        while greeting.keys() & {"return", "error", "event"}:  # the previous client's
             greeting = self._next_message(deadline, "wait for the QMP greeting")
         try:
             info = greeting["QMP"]
@@ -251,7 +253,7 @@ class QmpSession:
             self.events.append(_event(message))
         elif isinstance(number, int) and number in self._outstanding and ("return" in message or "error" in message):
             self._answers[number] = message
-        elif "error" in message:
+        elif "error" in message and number is None:  # to something that QEMU could not read
             raise GuestError(f"QEMU: {_description(message)}", operation="talk QMP")
 
     def _next_message(self, deadline: float, operation: str) -> dict[str, Any]:

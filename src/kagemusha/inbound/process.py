@@ -12,23 +12,17 @@ for the primary's guest, too. It counts as seen, and is not replayed.
 
 from __future__ import annotations
 
-import gc
-import os
 import secrets
-import select
-import signal
 import socket
 import ssl
-import traceback
 from contextlib import ExitStack, suppress
-from typing import NoReturn
 
 from kagemusha.errors import KageError, UnsupportedError
 from kagemusha.inbound.capture import CaptureCounters, CaptureLoop, CaptureStatistics, refuse_answer
 from kagemusha.inbound.seen import PauseWindow, SeenFrames, TapCounts
 from kagemusha.kernel import netns
+from kagemusha.kernel.forked import ForkedProcess, fork_process
 from kagemusha.kernel.frame_copy import CopySocket, DeviceCounts
-from kagemusha.kernel.process import close_descriptors_but, pidfd_open, set_name, set_pdeathsig
 from kagemusha.model.config import Address
 from kagemusha.model.ids import Term
 from kagemusha.transport.link import connect
@@ -36,7 +30,7 @@ from kagemusha.wire.handshake import InboundHello
 from kagemusha.wire.messages import encode
 
 QUEUE_BYTES = 16 << 20
-_PRIORITY = 5
+_NICE = 5
 _END_TIMEOUT_S = 0.1
 _REASON_BYTES = 1000
 _NUMBER_BITS = 62
@@ -73,45 +67,15 @@ def spawn_inbound(
         hello = InboundHello(vm_name=vm_name, term=term, first_number=secrets.randbits(_NUMBER_BITS) + 2)
         counters = CaptureCounters()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _child(copies, theirs, parent, counters, address, context, hello)
+        process = fork_process(
+            lambda: _copy(copies, theirs, counters, address, context, hello),
+            name="kage-inbound",
+            keep={copies.fileno(), theirs.fileno()},
+            nice=_NICE,
+        )
         theirs.close()
         undo.pop_all()
-    return InboundClient(pid, ours, copies, counts, counters, hello.first_number, TapCounts(read, dropped, 0))
-
-
-def _child(
-    copies: CopySocket,
-    control: socket.socket,
-    parent: int,
-    counters: CaptureCounters,
-    address: Address,
-    context: ssl.SSLContext | None,
-    hello: InboundHello,
-) -> NoReturn:
-    code = 1
-    try:
-        set_pdeathsig(signal.SIGKILL)
-        set_name("kage-inbound")
-        if os.getppid() == parent:  # else it died before the line above
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            close_descriptors_but({0, 1, 2, copies.fileno(), control.fileno()})
-            os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
-            gc.disable()  # frames and numbers make no cycles; a collection would walk the worker's whole heap
-            _copy(copies, control, counters, address, context, hello)
-            code = 0
-    except KageError as error:
-        with suppress(OSError):
-            control.send(str(error).encode()[:_REASON_BYTES])
-    except BaseException:
-        with suppress(OSError):
-            os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(code)
+    return InboundClient(process, ours, copies, counts, counters, hello.first_number, TapCounts(read, dropped, 0))
 
 
 def _copy(
@@ -123,10 +87,14 @@ def _copy(
     hello: InboundHello,
 ) -> None:
     term = Term(hello.term)
-    link = connect(address, context, inbox=refuse_answer)
-    link.send(encode(hello, term=term))
-    CaptureLoop(copies, link, control, counters, first=hello.first_number, term=term).run()
-    link.finish(_END_TIMEOUT_S)
+    try:
+        link = connect(address, context, inbox=refuse_answer)
+        link.send(encode(hello, term=term))
+        CaptureLoop(copies, link, control, counters, first=hello.first_number, term=term).run()
+        link.finish(_END_TIMEOUT_S)
+    except KageError as error:
+        with suppress(OSError):
+            control.send(str(error).encode()[:_REASON_BYTES])
 
 
 class InboundClient:
@@ -134,13 +102,13 @@ class InboundClient:
 
     Once per epoch: ``before_stop`` right before the guest is stopped, ``seen`` while it stands.
 
-    :ivar pid: of the process.
+    :ivar process: the process.
     :ivar first_number: of the first frame that it could copy.
     """
 
     def __init__(
         self,
-        pid: int,
+        process: ForkedProcess,
         control: socket.socket,
         copies: CopySocket,
         counts: DeviceCounts,
@@ -148,8 +116,7 @@ class InboundClient:
         first_number: int,
         first: TapCounts,
     ) -> None:
-        self.pid = pid
-        self._pidfd = pidfd_open(pid)
+        self.process = process
         self._control = control
         self._copies = copies
         self._counts = counts
@@ -162,7 +129,7 @@ class InboundClient:
 
     def fileno(self) -> int:
         """The process: readable when it is gone."""
-        return self._pidfd
+        return self.process.pidfd
 
     def before_stop(self) -> None:
         """The guest is about to be stopped. May be called at other times: early on, each look makes ``seen`` surer.
@@ -190,7 +157,7 @@ class InboundClient:
 
     def ended(self) -> str | None:
         """Why the process has ended; None while it lives."""
-        if self._ended is None and select.select([self._pidfd], (), (), 0)[0]:
+        if self._ended is None and self.process.gone:
             self._ended = "the inbound process died"
             with suppress(OSError):
                 if reason := self._control.recv(_REASON_BYTES, socket.MSG_DONTWAIT):
@@ -207,11 +174,7 @@ class InboundClient:
             return
         self._closed = True
         self._control.close()
-        if not select.select([self._pidfd], (), (), _END_TIMEOUT_S)[0]:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-        os.close(self._pidfd)
+        self.process.end(patience_s=_END_TIMEOUT_S)
         self._copies.close()
         self._counts.close()
         self._counters.close()

@@ -32,6 +32,8 @@ HELPER_RANDOM_U32, HELPER_TAIL_CALL, HELPER_REDIRECT = 7, 12, 23
 
 _MOV32_IMM, _MOV64_IMM, _LOAD_IMM64, _LOAD64, _JUMP_LESS_EQUAL = 0xB4, 0xB7, 0x18, 0x79, 0xBD
 _AND32_IMM, _JUMP_LESS_IMM = 0x54, 0xA5
+_MOV64, _LD_ABS_W, _LD_ABS_H, _JUMP32_NOT_EQUAL, _JUMP_NOT_EQUAL_IMM = 0xBF, 0x20, 0x28, 0x5E, 0x55
+_SOURCE_AT = 6  # of an Ethernet frame
 _ATOMIC_ADD64, _CALL, _EXIT = 0xDB, 0x85, 0x95
 
 
@@ -88,6 +90,41 @@ def redirect_program(ifindex: int) -> int:
     :raise OSError: EPERM without CAP_BPF and CAP_NET_ADMIN.
     """
     return load_program(_redirect(ifindex), "kage_redirect")
+
+
+def own_frames_program(mac: bytes, ifindex: int, slot: ProgramSlot) -> int:
+    """Load a program that sends frames with this source address out of another device, and drops all others.
+
+    :param mac: six bytes.
+    :param slot: its program, if there is one, does that instead for the VM's own: it may count them.
+    :raise OSError: as :func:`drop_program`.
+    """
+    shot = instruction(_MOV32_IMM, 0, immediate=TC_ACT_SHOT) + instruction(_EXIT)
+    last = (
+        instruction(_MOV64, 1, 6)
+        + instruction(_LOAD_IMM64, 2, BPF_PSEUDO_MAP_FD, immediate=slot.fd)
+        + instruction(0)
+        + instruction(_MOV32_IMM, 3)
+        + instruction(_CALL, immediate=HELPER_TAIL_CALL)  # comes back only if it failed
+        + _redirect(ifindex)
+    )
+    front, back = struct.unpack("!IH", mac)
+    skipped = len(last) // 8
+    code = (
+        instruction(_MOV64, 6, 1)  # where LD_ABS looks for the packet; a frame that is too short ends with 0, so drops
+        + instruction(_LD_ABS_W, immediate=_SOURCE_AT)
+        + instruction(_MOV32_IMM, 7, immediate=_signed(front))
+        + instruction(_JUMP32_NOT_EQUAL, 0, 7, offset=2 + skipped)
+        + instruction(_LD_ABS_H, immediate=_SOURCE_AT + 4)
+        + instruction(_JUMP_NOT_EQUAL_IMM, 0, offset=skipped, immediate=back)
+        + last
+        + shot
+    )
+    return load_program(code, "kage_own")
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def slot_program(slot: ProgramSlot, count: HoldCount, hold_ifindex: int) -> int:

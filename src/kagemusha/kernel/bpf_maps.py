@@ -27,13 +27,13 @@ _ELEMENT_ATTRIBUTES = struct.Struct("<I4xQQQ")  # descriptor, key, value, flags
 _BATCH_ATTRIBUTES = struct.Struct("<QQQQIIQQ")  # batch in/out, keys, values, count, descriptor, flags of both kinds
 
 
-def create_map(kind: int, *, value_bytes: int, entries: int, flags: int, name: bytes) -> int:
-    """Make a map with 32-bit keys; its descriptor.
+def create_map(kind: int, *, value_bytes: int, entries: int, flags: int, name: bytes, key_bytes: int = 4) -> int:
+    """Make a map; its descriptor.
 
     :raise OSError: EPERM; ENOMEM or E2BIG: too large.
     """
     attributes = ctypes.create_string_buffer(
-        MAP_ATTRIBUTES.pack(kind, 4, value_bytes, entries, flags, 0, 0, name), MAP_ATTRIBUTES.size
+        MAP_ATTRIBUTES.pack(kind, key_bytes, value_bytes, entries, flags, 0, 0, name), MAP_ATTRIBUTES.size
     )
     return syscall(SYS_BPF, BPF_MAP_CREATE, ctypes.addressof(attributes), MAP_ATTRIBUTES.size)
 

@@ -24,25 +24,34 @@ _ELEMENT_ATTRIBUTES = struct.Struct("<I4xQQQ")  # descriptor, key, value, flags
 
 
 class ProgramSlot:
-    """The map. Copies of its descriptor in forked processes are the same slot."""
+    """The map. Copies of its descriptor in forked processes are the same slot.
 
-    def __init__(self) -> None:
-        self.fd = create_map(BPF_MAP_TYPE_PROG_ARRAY, value_bytes=4, entries=1, flags=0, name=b"kage_slot")
+    :param slots: how many there are in the map, numbered from 0; a caller jumps into one of them.
+    :param fd: of such a map that is there already; it becomes this object's.
+    """
 
-    def put(self, program: int) -> None:
+    def __init__(self, slots: int = 1, *, fd: int | None = None) -> None:
+        if fd is None:
+            fd = create_map(BPF_MAP_TYPE_PROG_ARRAY, value_bytes=4, entries=slots, flags=0, name=b"kage_slot")
+        self.fd = fd
+
+    def put(self, program: int, slot: int = 0) -> None:
         """Exchange the program; frames that arrive afterwards see the new one. The slot keeps it alive.
 
         :raise OSError: EINVAL: not a program of the caller's type.
         """
         value = ctypes.c_uint32(program)
-        self._change(BPF_MAP_UPDATE, ctypes.addressof(value))
+        self._change(BPF_MAP_UPDATE, slot, ctypes.addressof(value))
 
-    def clear(self) -> None:
-        """Leave the slot empty: every frame is held."""
-        self._change(BPF_MAP_DELETE, 0)
+    def clear(self, slot: int = 0) -> None:
+        """Leave the slot empty: every frame is held.
 
-    def _change(self, command: int, value_address: int) -> None:
-        key = ctypes.c_uint32()
+        :raise OSError: ENOENT: it is empty.
+        """
+        self._change(BPF_MAP_DELETE, slot, 0)
+
+    def _change(self, command: int, slot: int, value_address: int) -> None:
+        key = ctypes.c_uint32(slot)
         attributes = ctypes.create_string_buffer(
             _ELEMENT_ATTRIBUTES.pack(self.fd, ctypes.addressof(key), value_address, 0), _ELEMENT_ATTRIBUTES.size
         )

@@ -25,7 +25,6 @@ Neither numbers frames nor decides which are sent again.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -33,38 +32,41 @@ import socket
 import struct
 from typing import Self
 
+from kagemusha.kernel.raw_socket import (
+    AD_PACKET_TYPE,
+    AUXDATA,
+    JUMP_EQUAL,
+    LOAD_WORD,
+    PACKET_AUXDATA,
+    PACKET_STATISTICS,
+    PACKET_VNET_HDR,
+    RETURN,
+    SO_RXQ_OVFL,
+    SOL_PACKET,
+    STATISTICS,
+    STATUS_VLAN_TPID_VALID,
+    STATUS_VLAN_VALID,
+    VLAN_ETHERTYPE,
+    WHOLE,
+    Instruction,
+    open_at,
+)
 from kagemusha.kernel.tap import VNET_HEADER_BYTES
 
-_SOL_PACKET = 263
-_PACKET_STATISTICS, _PACKET_AUXDATA, _PACKET_VNET_HDR = 6, 8, 15
-_SO_ATTACH_FILTER, _SO_RCVBUFFORCE, _SO_RXQ_OVFL = 26, 33, 40
 _SIOCGIFTXQLEN, _SIOCSIFTXQLEN = 0x8942, 0x8943
 _IFREQ = struct.Struct("=16si20x")
-_ETH_P_ALL = 3
-_STATUS_VLAN_VALID, _STATUS_VLAN_TPID_VALID = 1 << 4, 1 << 6
-_VLAN_ETHERTYPE = 0x8100
-_AUXDATA = struct.Struct("=3I4H")
-_STATISTICS = struct.Struct("=2I")
 _DROPPED = struct.Struct("=I")
 _TAG = struct.Struct("!2H")
 _NEEDS_CHECKSUM = 0x01
 _CHECKSUM_START = struct.Struct("=H")
 _CHECKSUM_START_OFFSET = 6
 _TAG_OFFSET = VNET_HEADER_BYTES + 12  # behind destination and source
-_ANCILLARY_BYTES = socket.CMSG_SPACE(_AUXDATA.size) + socket.CMSG_SPACE(_DROPPED.size)
-
-# <linux/filter.h>: load a word, jump if equal, return; SKF_AD_OFF + SKF_AD_PKTTYPE
-_FILTER_INSTRUCTION = struct.Struct("=HBBI")
-_LOAD_WORD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_PACKET_TYPE, _WHOLE = 0xFFFF_F000 + 4, 0x4_0000
-_ONLY_OUTGOING = b"".join(
-    _FILTER_INSTRUCTION.pack(*step)
-    for step in (
-        (_LOAD_WORD, 0, 0, _PACKET_TYPE),
-        (_JUMP_EQUAL, 0, 1, socket.PACKET_OUTGOING),
-        (_RETURN, 0, 0, _WHOLE),
-        (_RETURN, 0, 0, 0),
-    )
+_ANCILLARY_BYTES = socket.CMSG_SPACE(AUXDATA.size) + socket.CMSG_SPACE(_DROPPED.size)
+_ONLY_OUTGOING: tuple[Instruction, ...] = (
+    (LOAD_WORD, 0, 0, AD_PACKET_TYPE),
+    (JUMP_EQUAL, 0, 1, socket.PACKET_OUTGOING),
+    (RETURN, 0, 0, WHOLE),
+    (RETURN, 0, 0, 0),
 )
 
 
@@ -83,23 +85,16 @@ class CopySocket:
 
     def __init__(self, device: str, *, queue_bytes: int) -> None:
         self._copied = 0
-        # protocol 0: deaf until it is bound to the device
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-        try:
-            code = ctypes.create_string_buffer(_ONLY_OUTGOING, len(_ONLY_OUTGOING))
-            steps = len(_ONLY_OUTGOING) // _FILTER_INSTRUCTION.size
-            program = struct.pack("@HP", steps, ctypes.addressof(code))  # the kernel copies both before it returns
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, queue_bytes // 2)  # socket(7): it is doubled
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
-            self._socket.bind((device, _ETH_P_ALL))
-            if error := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(error, f"device {device}")
-        except OSError:
-            self._socket.close()
-            raise
+        self._socket = open_at(
+            device,
+            queue_bytes=queue_bytes,
+            options=(
+                (socket.SOL_SOCKET, SO_RXQ_OVFL),
+                (SOL_PACKET, PACKET_VNET_HDR),
+                (SOL_PACKET, PACKET_AUXDATA),
+            ),
+            program=_ONLY_OUTGOING,
+        )
 
     def fileno(self) -> int:
         """For poll: readable when there is a copy, or an error to be told."""
@@ -123,12 +118,12 @@ class CopySocket:
             raise
         dropped = 0
         for level, kind, data in ancillary:
-            if level == _SOL_PACKET and kind == _PACKET_AUXDATA:
-                status, _, _, _, _, tag, ethertype = _AUXDATA.unpack(data)
-                if status & _STATUS_VLAN_VALID:
-                    known = status & _STATUS_VLAN_TPID_VALID
-                    size = _put_tag(room, size, ethertype if known else _VLAN_ETHERTYPE, tag)
-            elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+            if level == SOL_PACKET and kind == PACKET_AUXDATA:
+                status, _, _, _, _, tag, ethertype = AUXDATA.unpack(data)
+                if status & STATUS_VLAN_VALID:
+                    known = status & STATUS_VLAN_TPID_VALID
+                    size = _put_tag(room, size, ethertype if known else VLAN_ETHERTYPE, tag)
+            elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
                 (dropped,) = _DROPPED.unpack(data)
         return size, dropped
 
@@ -137,7 +132,7 @@ class CopySocket:
 
         Only one process may ask. About a microsecond.
         """
-        frames, _ = _STATISTICS.unpack(self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, _STATISTICS.size))
+        frames, _ = STATISTICS.unpack(self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, STATISTICS.size))
         self._copied += frames
         return self._copied
 
@@ -166,7 +161,7 @@ class FrameSender:
         self._device = device.encode()
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         try:
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
             self._socket.bind((device, 0))
         except OSError:
             self._socket.close()

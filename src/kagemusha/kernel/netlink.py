@@ -17,7 +17,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 IFF_UP, IFF_NOARP, IFF_PROMISC = 0x1, 0x80, 0x100
 ETH_P_ALL = 3
-_CLSACT_INGRESS, _CLSACT_EGRESS = 0xFFFF_FFF2, 0xFFFF_FFF3
+CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFF_FFF2, 0xFFFF_FFF3
 _ROOT = 0xFFFF_FFFF
 _DIRECT_ACTION = 1
 _BR_STATE_FORWARDING = 3
@@ -36,7 +36,8 @@ class Link:
 
 
 @contextmanager
-def _named(operation: str) -> Iterator[None]:
+def named(operation: str) -> Iterator[None]:
+    """Errors of netlink become OSErrors that tell the operation."""
     try:
         yield
     except NetlinkError as error:
@@ -61,7 +62,7 @@ class Links:
 
     def find(self, name: str) -> Link | None:
         """A device by name, or None."""
-        with _named(f"find {name}"):
+        with named(f"find {name}"):
             try:
                 found = self._route.link("get", ifname=name)
             except NetlinkError as error:
@@ -82,7 +83,7 @@ class Links:
 
     def all(self) -> list[Link]:
         """Every device."""
-        with _named("list devices"):
+        with named("list devices"):
             return [self._link(message) for message in self._route.link("dump")]
 
     def _link(self, message: Any) -> Link:
@@ -101,7 +102,7 @@ class Links:
 
     def add_veth(self, name: str, *, peer: str, peer_namespace: int, mtu: int) -> None:
         """Make a veth pair, both ends down; the peer is born inside another namespace (descriptor)."""
-        with _named(f"make {name}"):
+        with named(f"make {name}"):
             self._route.link(
                 "add",
                 ifname=name,
@@ -116,7 +117,7 @@ class Links:
         if link is None:
             return
         try:
-            with _named(f"delete {name}"):
+            with named(f"delete {name}"):
                 self._route.link("del", index=link.index)
         except OSError as error:
             if error.errno != errno.ENODEV:
@@ -124,61 +125,65 @@ class Links:
 
     def change(self, name: str, **attributes: int | str) -> None:
         """Change attributes: mtu, txqlen, ifalias, …"""
-        with _named(f"set {name} {attributes}"):
+        with named(f"set {name} {attributes}"):
             self._route.link("set", index=self.get(name).index, **attributes)
 
     def enslave(self, name: str, master: str) -> None:
         """Make a device a port of a bridge."""
-        with _named(f"put {name} into {master}"):
+        with named(f"put {name} into {master}"):
             self._route.link("set", index=self.get(name).index, master=self.get(master).index)
 
     def forwards(self, name: str) -> bool:
         """Whether a bridge port has come to forwarding (the kernel lets it, a moment after its link is up)."""
-        with _named(f"look at {name}"):
+        with named(f"look at {name}"):
             message = self._route.link("get", ifname=name)[0]
         state = message.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
         return bool(state == _BR_STATE_FORWARDING)
 
     def set_flags(self, name: str, *, flags: int, mask: int) -> None:
         """Set those flags that are in ``mask``; the other ones stay."""
-        with _named(f"set flags of {name}"):
+        with named(f"set flags of {name}"):
             self._route.link("set", index=self.get(name).index, flags=flags, change=mask)
 
     def move(self, name: str, *, namespace: int, new_name: str) -> None:
         """Move a device that is down to another namespace (descriptor) under a new name."""
-        with _named(f"move {name}"):
+        with named(f"move {name}"):
             self._route.link("set", index=self.get(name).index, net_ns_fd=namespace, ifname=new_name)
 
     def without_queue(self, name: str) -> None:
         """Give a device the noqueue discipline: frames go to its driver at once."""
-        with _named(f"set noqueue on {name}"):
+        with named(f"set noqueue on {name}"):
             self._route.tc("replace", "noqueue", self.get(name).index, parent=_ROOT)
 
     def add_clsact(self, name: str) -> None:
         """Make room for programs at a device's ingress and egress."""
-        with _named(f"add clsact to {name}"):
+        with named(f"add clsact to {name}"):
             self._route.tc("add", "clsact", self.get(name).index)
 
-    def set_ingress_program(self, ifindex: int, program: int) -> None:
-        """Put a program (descriptor) at a device's ingress in the place of the one there, atomically."""
-        self._set_program(ifindex, program, _CLSACT_INGRESS)
+    def set_ingress_program(self, ifindex: int, program: int, *, name: str = "kage", place: int = 1) -> None:
+        """Put a program (descriptor) at a device's ingress in the place of the one there, atomically.
+
+        :param name: up to 255 characters, told by whoever lists the device's programs.
+        :param place: programs that do not decide (TC_ACT_UNSPEC) leave it to that of the next place.
+        """
+        self._set_program(ifindex, program, CLSACT_INGRESS, name, place)
 
     def set_egress_program(self, ifindex: int, program: int) -> None:
         """The same at its egress, which every frame passes that is sent through the device."""
-        self._set_program(ifindex, program, _CLSACT_EGRESS)
+        self._set_program(ifindex, program, CLSACT_EGRESS, "kage", 1)
 
-    def _set_program(self, ifindex: int, program: int, hook: int) -> None:
-        with _named(f"attach a program to device {ifindex}"):
+    def _set_program(self, ifindex: int, program: int, hook: int, name: str, place: int) -> None:
+        with named(f"attach a program to device {ifindex}"):
             self._route.tc(
                 "replace-filter",
                 "bpf",
                 ifindex,
                 handle=1,
                 fd=program,
-                name="kage",
+                name=name,
                 parent=hook,
                 protocol=ETH_P_ALL,
-                prio=1,
+                prio=place,
                 classid=1,
                 flags=_DIRECT_ACTION,
             )

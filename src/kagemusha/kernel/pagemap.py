@@ -27,7 +27,11 @@ Facts (each has a test):
 
 * A private page that is swapped out keeps its state. A shared one leaves a hole, which counts as written if the page
   was; populated() does not name it, only the file knows it (:mod:`kagemusha.kernel.backing`).
+* Of a process that is gone, or whose memory is just being taken down, a scan finds nothing or fails with ESRCH: which
+  of them depends on the kernel. Who has to know asks afterwards (:func:`kagemusha.kernel.vm_rw.require_memory`).
 * Neighbouring pages with equal categories come as one region.
+* A call that found more than 512 regions says that it ended short of where it did, so going on from there looks at
+  pages again; in a process that runs, some have been written meanwhile.
 * Where a huge page maps the memory, one entry stands for 2 MiB; the kernel splits it at the first write after it
   was protected, so a small write is reported small. Memory of hugetlbfs is never split, and its holes are neither
   reported nor protected.
@@ -117,9 +121,12 @@ class Scan:
         return merged(np.ascontiguousarray(regions[:, :2])) if len(regions) else _NO_RANGES
 
     def regions(self) -> Ranges:
-        """Regions with their categories, shape (k, 3), of as many calls as the vector makes necessary.
+        """Regions with their categories, shape (k, 3), ascending, of as many calls as the kernel makes necessary.
 
-        :raise OSError: the range is not registered for asynchronous write protection, or the process is gone.
+        A call that found many regions may end short of where it has looked, so the next one looks at some of it again:
+        a page that was written meanwhile is in both.
+
+        :raise OSError: the range is not registered for asynchronous write protection.
         """
         argument = self._argument
         found = []
@@ -134,7 +141,10 @@ class Scan:
             _U64.pack_into(argument, _START_OFFSET, walk_end)
         if not found:
             return _NO_REGIONS
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        if len(found) == 1:
+            return found[0]
+        regions = np.concatenate(found)
+        return regions[np.argsort(regions[:, 0], kind="stable")]
 
 
 class PagemapScanner:
@@ -181,6 +191,8 @@ class PagemapScanner:
 
     def arm(self, start: int, length: int) -> Ranges:
         """Protect every page and every hole; returns the pages that exist and were written since last protected.
+
+        Not while the process runs: a page that comes into being during the scan may be protected and told as a hole.
 
         Pages that map the shared zero page count as holes here.
 

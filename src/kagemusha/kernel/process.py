@@ -11,6 +11,7 @@ import bisect
 import ctypes
 import os
 import re
+import select
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +23,6 @@ from kagemusha.kernel.libc import LIBC, SYS_PIDFD_GETFD, syscall
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
-PRIORITY = -10
 _MAP_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)\s*(.*)")
 
 
@@ -47,6 +47,18 @@ def pidfd_open(pid: int) -> int:
     return os.pidfd_open(pid)
 
 
+def has_ended(pidfd: int) -> bool:
+    """Whether the process is gone."""
+    return wait_ended(pidfd, 0)
+
+
+def wait_ended(pidfd: int, timeout_s: float | None) -> bool:
+    """Wait so long (None: for ever) for the end of a process; whether it is gone."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:
     """A copy of another process's file descriptor (pidfd_getfd(2))."""
     return syscall(SYS_PIDFD_GETFD, pidfd, descriptor, 0)
@@ -55,15 +67,6 @@ def pidfd_getfd(pidfd: int, descriptor: int) -> int:
 def pidfd_send_signal(pidfd: int, number: int) -> None:
     """Send a signal to exactly this process."""
     signal.pidfd_send_signal(pidfd, number)
-
-
-def raise_priority() -> None:
-    """Run the calling thread ahead of ordinary ones: a guest's pause, or the other side's patience, waits for it.
-
-    Without the right to (CAP_SYS_NICE) it stays as it is.
-    """
-    with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
 
 
 def process_of_thread(thread: int) -> int:

@@ -65,6 +65,19 @@ def write_ranges(pid: int, ranges: Ranges, data: Bytes) -> int:
     return _transfer(LIBC.process_vm_writev, pid, vectors_of(ranges), data)
 
 
+def require_memory(pid: int, address: int) -> None:
+    """See that a process still has its memory. A process that is being killed loses it before it is gone.
+
+    :param address: of any byte; whether something is mapped there does not matter.
+    :raise ProcessLookupError: it has none any more.
+    """
+    byte = bytearray(1)
+    local = np.array([ctypes.addressof(ctypes.c_char.from_buffer(byte)), 1, address, 1], np.uint64)
+    at = local.ctypes.data
+    if LIBC.process_vm_readv(pid, at, 1, at + 16, 1, 0) < 0 and ctypes.get_errno() == errno.ESRCH:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} has no memory any more")
+
+
 def vectors_of(ranges: Ranges) -> Ranges:
     """``[start, end)`` ranges as (address, length) pairs, the layout of struct iovec."""
     vectors = np.empty((len(ranges), 2), np.uint64)

@@ -18,6 +18,9 @@ a known chunk (a page that was given back, by a balloon for instance) is in the 
 
 The exceptions are the kernel's: pages given back are not reported where they belong to a file or to hugetlbfs (the
 table in :mod:`kagemusha.kernel.pagemap`). A guest gives back only what virtio's balloon lets it forget the contents of.
+
+A chunk becomes known only while the process stands: what came into being in it during :meth:`PagemapScanner.arm` could
+be protected and not told. What is known may be protected at any time.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class WriteTracker:
         self._base = start - start % self._chunk_bytes
         self._known = np.zeros(-(-(self._end - self._base) // self._chunk_bytes), np.bool_)
         self._known_scans: list[Scan] = []
+        self._written_scans: list[Scan] = []
         self._unknown_scans: list[Scan] = []
         self._unknown_spans: list[tuple[int, int]] = []
         self._cut_into_spans()
@@ -73,17 +77,32 @@ class WriteTracker:
         return int(np.count_nonzero(self._known)) * self._chunk_bytes
 
     def take(self) -> Ranges:
-        """Pages written since the last call as ``[start, end)`` addresses, ascending, shape (k, 2); protected now.
+        """Pages written since they were last in an answer as ``[start, end)`` addresses, ascending, shape (k, 2);
+        protected now. The process must stand.
 
         The first call returns the pages that exist. A page may be in the answer without having been written.
 
         :raise OSError: the range is not registered, or the process is gone.
         """
-        found = [scan.ranges() for scan in self._known_scans]
+        return joined([self.take_known(), self._appeared()])
+
+    def take_known(self) -> Ranges:
+        """As :meth:`take`, but of the chunks that are known: the process may run. The rest is for the next call of
+        another method.
+        """
+        return joined([scan.ranges() for scan in self._known_scans])
+
+    def written(self) -> Ranges:
+        """As :meth:`take`, but what is known is not protected, and in the next answer again. The process must stand."""
+        return joined([*(scan.ranges() for scan in self._written_scans), self._appeared()])
+
+    def _appeared(self) -> Ranges:
+        """What exists in unknown chunks, which are known from now on."""
         appeared = [scan.ranges() for scan in self._unknown_scans]
         if self._files is not None:
             appeared.extend([self._files.contents(start, end) for start, end in self._unknown_spans])
         pages = joined(appeared)
+        found = []
         if len(pages):
             for start, end in self._make_known(pages):
                 found.append(self._scanner.arm(start, end - start))
@@ -113,6 +132,7 @@ class WriteTracker:
         known = [self._addresses(first, end) for first, end in _runs(self._known)]
         self._unknown_spans = [self._addresses(first, end) for first, end in _runs(~self._known)]
         self._known_scans = [self._scanner.take_written(start, end - start) for start, end in known]
+        self._written_scans = [self._scanner.written(start, end - start) for start, end in known]
         self._unknown_scans = [self._scanner.populated(start, end - start) for start, end in self._unknown_spans]
 
     def _addresses(self, first: int, end: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ class SealedCheckpoint:
     :ivar device_bytes: bytes of device state.
     :ivar rules_bytes: bytes of the rule set behind it; 0: none, it is as it was.
     :ivar inbound_seen: number of the last frame that the guest had read from its NIC when it stood; 0: not known.
+    :ivar switch_session: in which the switch has sealed its output, and may be told of its commit; 0: in none.
     """
 
     epoch: Epoch
@@ -27,3 +28,4 @@ class SealedCheckpoint:
     device_bytes: int
     rules_bytes: int = 0
     inbound_seen: int = 0
+    switch_session: int = 0

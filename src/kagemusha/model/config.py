@@ -11,25 +11,29 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kagemusha.errors import ConfigError
+from kagemusha.model.flow_policy import FlowsTable
 from kagemusha.model.lease import LeasePromise
 from kagemusha.model.rule_policy import RulesTable
 
 Compression = Literal["lz4", "zstd", "none"]
-_NODE_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$"
+NODE_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$"
 _ENDPOINT = re.compile(r"https?://(?:\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9][a-zA-Z0-9.-]*)(?::(?P<port>[0-9]{1,5}))?")
+AnyTable = TypeVar("AnyTable", bound=BaseModel)
 RESERVED_ARGUMENTS = ("-incoming", "-qmp", "-daemonize", "-S")
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """What all tables have: unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class VmTable(_Table):
+class VmTable(Table):
     """``[vm]``: which VM, and how to start it or where to find it."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")]
@@ -49,7 +53,7 @@ class VmTable(_Table):
         return self
 
 
-class NetworkTable(_Table):
+class NetworkTable(Table):
     """``[network]``: the VM's one protected NIC and where its frames leave the host."""
 
     mac: str = "52:54:00:6b:61:01"
@@ -75,7 +79,7 @@ class NetworkTable(_Table):
         return self
 
 
-class TlsTable(_Table):
+class TlsTable(Table):
     """``[tls]``: mutual TLS, or plaintext when the operator says so in plain words."""
 
     cert: Path | None = None
@@ -93,7 +97,7 @@ class TlsTable(_Table):
         return self
 
 
-class Address(_Table):
+class Address(Table):
     """A TCP endpoint, written ``host:port`` or ``[v6]:port``."""
 
     host: str
@@ -113,7 +117,7 @@ class Address(_Table):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class PrimaryTable(_Table):
+class PrimaryTable(Table):
     """``[primary]``: the side that runs the VM.
 
     ``standby``: where the one standby listens; not needed where ``[[hosts]]`` are given.
@@ -139,7 +143,7 @@ class PrimaryTable(_Table):
         return self
 
 
-class StandbyTable(_Table):
+class StandbyTable(Table):
     """``[standby]``: the side that waits.
 
     ``listen``: where; by default this node's own address in ``[[hosts]]``.
@@ -148,13 +152,18 @@ class StandbyTable(_Table):
     listen: Address | None = None
 
 
-class LeaseTable(_Table):
+LEASE_MS, SWITCHED_LEASE_MS = 300, 150
+
+
+class LeaseTable(Table):
     """``[lease]``: for how long a primary that its standby does not answer may send.
 
-    The standby goes by what the primary says when it introduces itself.
+    The standby goes by what the primary says when it introduces itself. Where a switch holds the VM's frames and is
+    the arbiter, nobody's frames depend on a lease: it only says when a silent peer is taken for dead, and by default it
+    is shorter (``SWITCHED_LEASE_MS``).
     """
 
-    duration_ms: Annotated[int, Field(ge=50, le=60_000)] = 300
+    duration_ms: Annotated[int, Field(ge=50, le=60_000)] = LEASE_MS
     drift_percent: Annotated[float, Field(ge=0, le=10)] = 1.0
 
     @property
@@ -168,10 +177,10 @@ class LeaseTable(_Table):
         return self.promise.wait_ns / 1e9
 
 
-class ArbiterTable(_Table):
+class ArbiterTable(Table):
     """``[arbiter]``: who decides which host runs the VM when they cannot reach each other."""
 
-    kind: Literal["none", "file", "etcd"] = "none"
+    kind: Literal["none", "file", "etcd", "switch"] = "none"
     directory: Path | None = None
     endpoints: tuple[str, ...] = ()
     user: Annotated[str, Field(min_length=1)] | None = None
@@ -195,7 +204,7 @@ class ArbiterTable(_Table):
 
     @model_validator(mode="after")
     def _what_the_kind_needs(self) -> Self:
-        needed = {"none": None, "file": "directory", "etcd": "endpoints"}[self.kind]
+        needed = {"none": None, "file": "directory", "etcd": "endpoints", "switch": None}[self.kind]
         for key in ("directory", "endpoints"):
             given = bool(getattr(self, key))
             if given and key != needed:
@@ -214,14 +223,28 @@ class ArbiterTable(_Table):
         return self
 
 
-class HostTable(_Table):
+class SwitchTable(Table):
+    """``[switch]``: the switch behind which the VM is; the certificates of ``[tls]`` are shown to it.
+
+    ``address``: where its agent listens. ``port``: of the switch, where this host is; by default the switch finds out.
+    ``holds``: the switch holds the VM's frames; else this host does, and the switch is an arbiter at most.
+    ``seal_ms``: how long the guest stands for an answer of the switch at most.
+    """
+
+    address: Address
+    holds: bool = True
+    port: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,15}$")] | None = None
+    seal_ms: Annotated[int, Field(ge=5, le=10_000)] = 50
+
+
+class HostTable(Table):
     """``[[hosts]]``: a host that can run the VM; its ``node`` name, and where its standby listens."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")]
     address: Address
 
 
-class Config(_Table):
+class Config(Table):
     """A whole configuration file."""
 
     vm: VmTable
@@ -230,17 +253,24 @@ class Config(_Table):
     primary: PrimaryTable | None = None
     standby: StandbyTable | None = None
     arbiter: ArbiterTable = ArbiterTable()
+    switch: SwitchTable | None = None
     hosts: tuple[HostTable, ...] = ()
-    node: Annotated[str, Field(pattern=_NODE_NAME)] | None = None
+    node: Annotated[str, Field(pattern=NODE_NAME)] | None = None
     lease: LeaseTable = LeaseTable()
     rules: RulesTable = RulesTable()
+    flows: FlowsTable = FlowsTable()
     state_dir: Path = Path("/var/lib/kagemusha")
     runtime_dir: Path = Path("/run/kagemusha")
 
     @property
     def node_name(self) -> str:
         """This host's name: ``node``, or what the kernel calls it."""
-        return self.node or os.uname().nodename
+        return self.node or own_name()
+
+    @property
+    def held_at(self) -> SwitchTable | None:
+        """The switch that holds the VM's frames; None: this host does."""
+        return self.switch if self.switch is not None and self.switch.holds else None
 
     @property
     def own_host(self) -> HostTable | None:
@@ -263,6 +293,17 @@ class Config(_Table):
                 raise ValueError(f"{what} {twice!r} is there twice")
         return hosts
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lease_is_shorter_at_a_switch(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("lease", {}), dict):
+            return data
+        switch, arbiter = data.get("switch"), data.get("arbiter")
+        fencing = isinstance(arbiter, dict) and arbiter.get("kind") == "switch"
+        if fencing and isinstance(switch, dict) and switch.get("holds", True):
+            return {**data, "lease": {"duration_ms": SWITCHED_LEASE_MS, **data.get("lease", {})}}
+        return data
+
     @model_validator(mode="after")
     def _lease_outlives_heartbeats(self) -> Self:
         if self.primary is not None and 2 * self.primary.heartbeat_ms > self.lease.duration_ms:
@@ -270,6 +311,23 @@ class Config(_Table):
                 f"primary.heartbeat_ms ({self.primary.heartbeat_ms}) must be at most half of "
                 f"lease.duration_ms ({self.lease.duration_ms}), which one lost heartbeat would end"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _arbiter_is_there(self) -> Self:
+        if self.arbiter.kind == "switch" and self.switch is None:
+            raise ValueError("[switch] is missing: arbiter.kind = 'switch' asks the switch that it names")
+        if self.held_at is not None and self.arbiter.kind == "none":
+            raise ValueError(
+                "arbiter.kind is missing: a switch that holds the VM's frames takes them from the holder of the newest "
+                "term; say arbiter.kind = 'switch', or 'etcd'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _detectors_know_the_vm(self) -> Self:
+        if self.flows.detectors and not self.rules.vm_ips:
+            raise ValueError("rules.vm_ips is missing: flows.detectors make rules for the VM's own addresses only")
         return self
 
     @model_validator(mode="after")
@@ -294,6 +352,20 @@ def load(path: Path, *, role: Role | None) -> Config:
 
     :raise ConfigError: unreadable, not TOML, or a key is missing, unknown or out of range.
     """
+    config = read_config(path, Config)
+    return config if role is None else _for_role(config, role, f"read {path}")
+
+
+def own_name() -> str:
+    """What the kernel calls this machine."""
+    return os.uname().nodename
+
+
+def read_config(path: Path, schema: type[AnyTable]) -> AnyTable:
+    """Read a file and check it against a schema.
+
+    :raise ConfigError: unreadable, not TOML, or a key is missing, unknown or out of range.
+    """
     operation = f"read {path}"
     try:
         text = path.read_text(encoding="utf-8")
@@ -304,16 +376,15 @@ def load(path: Path, *, role: Role | None) -> Config:
     except (ValueError, RecursionError) as error:  # tomllib lets both through, besides its own TOMLDecodeError
         raise ConfigError(f"not valid TOML: {error}", operation=operation) from error
     try:
-        config = Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_describe(error), operation=operation) from error
-    return config if role is None else _for_role(config, role, operation)
 
 
 def _for_role(config: Config, role: Role, operation: str) -> Config:
     """The tables that the role reads, filled in from ``[[hosts]]`` where they may be."""
     own = config.own_host
-    if not re.fullmatch(_NODE_NAME, config.node_name):
+    if not re.fullmatch(NODE_NAME, config.node_name):
         raise ConfigError(
             f"node: this host is called {config.node_name!r}, which is no name of a node",
             operation=operation,

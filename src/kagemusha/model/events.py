@@ -55,7 +55,8 @@ class EpochCommitted(Event):
 
     ``pause_us``: between QEMU's own STOP and RESUME events. ``pause_wall_us``: from sending stop to the
     answer of cont. ``commit_us``: from STOP to the acknowledgement. ``interval_us``: since the STOP before.
-    ``stop_t``: CLOCK_MONOTONIC seconds when stop was sent.
+    ``stop_t``: CLOCK_MONOTONIC seconds when stop was sent. ``seal_wait_us``: part of the pause, waiting for the
+    seal of the output although the devices were saved.
     """
 
     kind: ClassVar[str] = "epoch"
@@ -72,6 +73,7 @@ class EpochCommitted(Event):
     runs: int
     held_frames: int
     held_bytes: int
+    seal_wait_us: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +104,16 @@ class GateCounted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointApplied(Event):
-    """Standby: checkpoint ``epoch`` was acknowledged and is now in the standby's memory."""
+    """Standby: checkpoint ``epoch`` was acknowledged and is now in the standby's memory.
+
+    ``whole_t``: when all of it was here; nobody can have been told of its commit before. CLOCK_MONOTONIC seconds.
+    """
 
     kind: ClassVar[str] = "applied"
     epoch: int
     received_bytes: int
     apply_us: int
+    whole_t: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,12 +130,12 @@ class CallersRefused(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakenOver(Event):
-    """Standby: the guest runs here now.
+    """Standby: the guest runs here now, and is heard from ``t`` on.
 
     ``decided_t``: when takeover was decided; ``last_heard_t``: last message of the primary before it;
     ``resumed_t``: QEMU's RESUME event seen. All CLOCK_MONOTONIC seconds. ``replayed_frames``: sent to the dead guest,
     not seen in the checkpoint, given to this one; ``missing_frames``: known to have been sent, and lost with the
-    primary.
+    primary; ``resent_frames``: sent by the dead guest in committed epochs, not known to have left, sent from here.
     """
 
     kind: ClassVar[str] = "takeover"
@@ -142,6 +148,28 @@ class TakenOver(Event):
     dropped_partial: bool
     replayed_frames: int = 0
     missing_frames: int = 0
+    resent_frames: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchServes(Event):
+    """Switch: the bridge is guarded, and hosts may connect. ``adopted``: a predecessor had guarded it."""
+
+    kind: ClassVar[str] = "switch"
+    name: str
+    listen: str
+    bridge: str
+    adopted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchRefusedPeer(Event):
+    """Switch: something was refused; one record for each peer and code."""
+
+    kind: ClassVar[str] = "switch_refused"
+    peer: str
+    code: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

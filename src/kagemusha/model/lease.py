@@ -15,6 +15,20 @@ lease can call them back; the margin makes it likely that it is ahead of the suc
 later by the whole takeover anyway."""
 
 
+PRIMARY_PATIENCE, STANDBY_PATIENCE = 0.6, 0.7
+"""The share of the lease, and of the wait, after which a silent peer is taken for dead.
+
+The rest of the wait is time for the claim and for bringing the guest to life. A primary that can claim does so before
+its standby would: if both live and only the link between them is cut, the guest need not move."""
+RETURN_NS, RETURN_BEHIND_A_FENCE_NS = 40 * NS_PER_MS, 10 * NS_PER_MS
+"""How long a standby gives a primary whose connection broke: its processes have died, most likely. One that lives
+claims at once, and calls again; it should be the first, or the guest would move for nothing. Behind a fence nothing
+else has to be waited for, so each millisecond of it is one of the outage."""
+UNHEARD_NS = 250 * NS_PER_MS
+"""How long a guest that is brought to life early should run without being heard. Longer does it harm: its peers must
+not have been silent for it any longer than it for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeasePromise:
     """What both sides of a session rely on.
@@ -38,3 +52,25 @@ class LeasePromise:
         """
         fast, slow = 1000 + self.drift_permille, 1000 - self.drift_permille
         return -(-self.lease_ns * fast // slow) + MARGIN_NS
+
+    @property
+    def primary_patience_ns(self) -> int:
+        """The silence, by the primary's clock, after which it takes its standby for dead."""
+        return int(self.lease_ns * PRIMARY_PATIENCE)
+
+    @property
+    def standby_patience_ns(self) -> int:
+        """The silence, by the standby's clock, after which it takes its primary for dead."""
+        return int(self.wait_ns * STANDBY_PATIENCE)
+
+    def after_break_s(self, silent_s: float, broken_s: float, *, fencing: bool) -> float:
+        """How much longer the standby waits when the connection has broken and there is an arbiter to decide, seconds.
+
+        Without a fence the lease has to run out; the guest comes to life before that, but not much too early.
+
+        :param silent_s: of the primary, so far.
+        :param broken_s: since the break was noticed.
+        """
+        if fencing:
+            return RETURN_BEHIND_A_FENCE_NS / 1e9 - broken_s
+        return max(RETURN_NS / 1e9 - broken_s, (self.wait_ns - UNHEARD_NS) / 1e9 - silent_s)

@@ -13,7 +13,8 @@ from typing import Any
 
 from kagemusha.errors import ProtocolError
 from kagemusha.model.ids import FIRST_EPOCH, Epoch, Term
-from kagemusha.protocol import primary, standby
+from kagemusha.protocol import primary, standby, switch, switch_host
+from kagemusha.protocol import switch_words as words
 
 MAX_EPOCH = 3
 MAX_TERM = 4
@@ -49,8 +50,41 @@ def standby_events(data: standby.Data) -> Iterable[standby.Event]:
     yield from (standby.ClaimLost(term, "") for term in {data.tried, Term(data.tried - 1)})
     yield standby.Forced("")
     yield from (standby.CheckpointComplete(following), standby.CheckpointApplied(data.committed))
-    yield from (standby.LinkLost(""), standby.HeartbeatLost(""), standby.GuestDied(""), standby.PrimaryLeft(""))
+    yield from (standby.LinkLost(""), standby.HeartbeatLost(""), standby.LeaseOver())
+    yield from (standby.GuestDied(""), standby.PrimaryLeft(""))
     yield from (standby.Activated(), standby.Failed(""), standby.StopRequested(""))
+
+
+def switch_events(data: words.Data) -> Iterable[words.Event]:
+    """Every kind of event that might meet this data, of two guests."""
+    other = 3 - data.session if data.session else 1
+    following = Epoch(data.last + 1)
+    for holder in ("a", "b"):
+        for term in {data.newest, Term(min(data.newest + 1, 2))}:
+            if term:
+                yield words.RegisterAsked(term, holder, other, FIRST_EPOCH, "")
+                yield words.ClaimAsked(term, holder, data.holder if term == data.newest else None)
+    for session in (data.session, other):
+        if len(data.asked) + len(data.waiting) < 2:
+            yield words.SealAsked(session, following)
+        yield words.CommitTold(session, data.last)
+        yield from (words.ModeAsked(session, mode) for mode in words.Mode)
+        yield from (words.UnregisterAsked(session, sole) for sole in (False, True))
+        yield words.ConnectionLost(session)
+    yield from (words.SealReported(0, 0, 0), words.GateLost())
+
+
+def switch_host_events(data: switch_host.Data) -> Iterable[switch_host.Event]:
+    """Every kind of event that might meet this data."""
+    fresh = 3 - data.session if data.session else 1
+    asked = Epoch(data.next - 1)
+    yield from (switch_host.Connected(fresh), switch_host.TermChanged(Term(data.term + 1), fresh))
+    yield from (switch_host.ConnectionLost(), switch_host.SupersededTold(Term(data.term + 1)))
+    yield from (switch_host.SealWanted(data.next), switch_host.SealOverdue(), switch_host.CommitLearned(asked))
+    for session in (data.session, fresh):
+        yield from (switch_host.RegisteredTold(session), switch_host.SealedTold(session, asked))
+        yield from (switch_host.ModeTold(session, mode) for mode in words.Mode)
+    yield from (switch_host.ModeWanted(mode) for mode in words.Mode)
 
 
 def walk(
@@ -74,8 +108,8 @@ def walk(
 
 
 def _is_small(data: Any) -> bool:
-    epoch: int = max(getattr(data, "epoch", 0), data.committed)
-    term: int = data.tried
+    epoch: int = max(getattr(data, name, 0) for name in ("epoch", "committed", "last", "next", "unanswered"))
+    term: int = max(getattr(data, name, 0) for name in ("tried", "newest", "term"))
     return epoch <= MAX_EPOCH and term <= MAX_TERM
 
 
@@ -96,8 +130,20 @@ def primary_walk(standby_loss: primary.StandbyLoss) -> Iterator[Taken]:
 
 def standby_walk() -> Iterator[Taken]:
     """All of the standby's machine, with an arbiter and without."""
-    starts = [standby.initial(Term(1), arbitrated=arbitrated) for arbitrated in (True, False)]
+    kinds = ((False, False), (True, False), (True, True))
+    starts = [standby.initial(Term(1), arbitrated=arbitrated, fencing=fencing) for arbitrated, fencing in kinds]
     return walk(starts, standby_events, standby.advance)
+
+
+def switch_walk() -> Iterator[Taken]:
+    """All of the switch's machine for one VM, from nothing and after a restart."""
+    starts = [switch.initial(), switch.initial(Term(1), "a", registered=True)]
+    return walk(starts, switch_events, switch.advance)
+
+
+def switch_host_walk() -> Iterator[Taken]:
+    """All of a host's machine for its VM at the switch."""
+    return walk([switch_host.initial(Term(1), FIRST_EPOCH)], switch_host_events, switch_host.advance)
 
 
 def mermaid(title: str, start: enum.Enum, found: set[Arrow], meanings: type[enum.Enum]) -> str:
@@ -120,6 +166,7 @@ def document() -> str:
     """The whole page."""
     first = primary_walk("claim")
     waiting = standby_walk()
+    host_start = switch_host.State.CUT
     return (
         "\n\n".join(
             (
@@ -127,6 +174,8 @@ def document() -> str:
                 "An event that a state has no place for is an error and changes nothing.",
                 mermaid("Primary", primary.State.ALONE, arrows(first), primary.State),
                 mermaid("Standby", standby.State.WAITING, arrows(waiting), standby.State),
+                mermaid("Switch, for one VM", words.State.UNREGISTERED, arrows(switch_walk()), words.State),
+                mermaid("Host, for its VM at the switch", host_start, arrows(switch_host_walk()), switch_host.State),
             )
         )
         + "\n"

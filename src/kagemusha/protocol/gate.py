@@ -87,6 +87,11 @@ class FramesWritten:
 
 
 @dataclass(frozen=True, slots=True)
+class DiscardRequested:
+    """Another instance of the guest goes on from the last commit: what was not committed was never said."""
+
+
+@dataclass(frozen=True, slots=True)
 class PassRequested:
     """Nothing can take over: let out what is held, and what comes."""
 
@@ -96,7 +101,16 @@ class HoldRequested:
     """Hold from now on. What was sealed before waits for the first commit after it."""
 
 
-Event = FramesArrived | QueueOverflowed | SealEpoch | EpochCommitted | FramesWritten | PassRequested | HoldRequested
+Event = (
+    FramesArrived
+    | QueueOverflowed
+    | SealEpoch
+    | EpochCommitted
+    | FramesWritten
+    | DiscardRequested
+    | PassRequested
+    | HoldRequested
+)
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -107,6 +121,13 @@ class Drop:
     """Forget these frames of the batch that arrived (positions in it, ascending)."""
 
     positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Forget this many frames at the queue's end."""
+
+    frames: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +161,14 @@ class ReportDemand:
     demand: Demand
 
 
-Effect = Drop | ReportSealed | Release | Forward | ReportDemand
+@dataclass(frozen=True, slots=True)
+class ReportLeft:
+    """Tell that nothing that waited for the commit of epochs up to this one is in the queue any more."""
+
+    epoch: Epoch
+
+
+Effect = Drop | Discard | ReportSealed | Release | Forward | ReportDemand | ReportLeft
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +186,7 @@ class HoldBuffer:
 
     :ivar bound: no frame is kept beyond this many pending bytes.
     :ivar leaving: frames that may be written, and have not been yet.
+    :ivar committed: the last committed epoch, until all of its frames have been written.
     :ivar sealed: epochs that wait for their commit, ascending.
     :ivar last: the last sealed epoch since holding began, or None.
     :ivar demand: what was told of the open epoch.
@@ -166,6 +195,7 @@ class HoldBuffer:
     bound: int
     state: State = State.HOLDING
     leaving: int = 0
+    committed: Epoch | None = None
     sealed: tuple[SealedEpoch, ...] = ()
     last: Epoch | None = None
     open_frames: int = 0
@@ -273,7 +303,15 @@ def _commit(data: HoldBuffer, event: EpochCommitted) -> Result:
         raise ProtocolError("no such epoch waits for its commit", operation="release", epoch=event.epoch)
     frames = sum(sealed.frames for sealed in data.sealed if sealed.epoch <= event.epoch)
     waiting = tuple(sealed for sealed in data.sealed if sealed.epoch > event.epoch)
-    return replace(data, sealed=waiting, leaving=data.leaving + frames), (Release(frames),)
+    committed = replace(data, sealed=waiting, leaving=data.leaving + frames, committed=event.epoch)
+    told, left = _tell_left(committed)
+    return told, (Release(frames), *left)
+
+
+def _tell_left(data: HoldBuffer) -> Result:
+    if data.committed is None or data.leaving:
+        return data, ()
+    return replace(data, committed=None), (ReportLeft(data.committed),)
 
 
 def _written(data: HoldBuffer, event: FramesWritten) -> Result:
@@ -287,13 +325,23 @@ def _written(data: HoldBuffer, event: FramesWritten) -> Result:
         released=data.released + event.frames,
         discarded=data.discarded + event.refused,
     )
-    return after, ()
+    return _tell_left(after)
 
 
 def _pass(data: HoldBuffer, _: PassRequested) -> Result:
     frames = data.pending - data.leaving
-    passing = replace(data, state=State.PASSING, leaving=data.pending, sealed=(), last=None)
+    passing = replace(data, state=State.PASSING, leaving=data.pending, committed=None, sealed=(), last=None)
     return _nothing_open(passing), (Forward(frames),)
+
+
+def _discard(data: HoldBuffer, _: DiscardRequested) -> Result:
+    """A new session, with nothing in it but what is leaving already."""
+    frames = data.pending - data.leaving
+    size = sum(epoch.size for epoch in data.sealed) + data.open_size
+    after = replace(
+        data, sealed=(), last=None, pending_size=data.pending_size - size, discarded=data.discarded + frames
+    )
+    return _nothing_open(after), (Discard(frames),) if frames else ()
 
 
 def _nothing_open(data: HoldBuffer) -> HoldBuffer:
@@ -315,6 +363,7 @@ TABLE: Table[HoldBuffer, Effect] = {
     (State.HOLDING, EpochCommitted): _commit,
     **on(BOTH, QueueOverflowed, _overflowed),
     **on(BOTH, FramesWritten, _written),
+    **on(BOTH, DiscardRequested, _discard),
     **on(BOTH, PassRequested, _pass),
     **on(BOTH, HoldRequested, _hold),
 }

@@ -414,13 +414,16 @@ def _hand_over(data: Data, reason: str) -> tuple[Effect, ...]:
 
 
 def _failed(data: Data, event: CaptureFailed) -> Result:
-    """Our own failure. A guest that nobody can take over goes on unprotected, and there is no further attempt; else the
-    standby takes over, after this guest is certainly dead.
+    """Our own failure. A guest that nobody can take over goes on unprotected, and this machine attempts no more (the
+    worker does with another ship process, if that was what failed); else the standby takes over, after this guest is
+    certainly dead.
 
-    A checkpoint in flight counts as one to take over with: on the link it is ahead of the hand-over.
+    A checkpoint in flight counts as one to take over with: on the link it is ahead of the hand-over. A standby that
+    cannot be told finds out by itself, and claims. Then nothing is recorded as handed on: if it is dead, too, this host
+    may boot the VM again, in the term that it would have claimed.
     """
     if _may_take_over(data):
-        hand_over = _hand_over(data, event.reason) if data.session else _drop_claim(data)
+        hand_over = _hand_over(data, event.reason) if data.session and not event.mute else _drop_claim(data)
         return _over(data, State.GONE), (KillGuest(), CloseOutput(drain=False), *hand_over)
     # In RESUMING too: what failed may be the resume. Asking twice does no harm.
     resume: tuple[Effect, ...] = (ResumeGuest(),) if data.state in PAUSED else ()

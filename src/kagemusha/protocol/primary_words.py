@@ -168,9 +168,13 @@ class GuestExited:
 
 @dataclass(frozen=True, slots=True)
 class CaptureFailed:
-    """Something of ours or of QEMU's monitor failed; the guest itself may be well."""
+    """Something of ours or of QEMU's monitor failed; the guest itself may be well.
+
+    ``mute``: it was what speaks with the standby, which nobody can tell anything any more.
+    """
 
     reason: str
+    mute: bool = False
 
 
 @dataclass(frozen=True, slots=True)

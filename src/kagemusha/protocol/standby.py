@@ -5,6 +5,15 @@ The safety argument (I1, I2, I3):
 * ``Acknowledge(n)`` is only ever the answer to ``CheckpointComplete(n)``: whole, verified, in memory of ours.
 * Acknowledged checkpoints are applied in order and wholly; a takeover waits until the last one is.
 * Once a takeover is decided nothing is acknowledged any more, so nothing of later epochs leaves the primary's gate.
+* The primary is taken for dead before its lease has run out, and what follows uses the rest of it: the claim, the
+  loading, the guest's first steps. The gate opens after ``LeaseOver`` and not before, unless the primary's guest is
+  certainly dead (``silenced``); until then what the guest sends waits (UNHEARD).
+* Where the arbiter fences, the guest is brought to life while the claim is open (``Ahead``): its first steps take as
+  long as the answer, and are taken meanwhile. It is not heard: what it sends waits here (``HoldOutput``) until the gate
+  is opened, which is not before ``ClaimWon`` and its term's record. If the claim is lost, guest and QEMU are used up:
+  they are ended, and a new standby begins (SPENT).
+* What the primary's guest has sent in committed epochs, and may not have left there, leaves when the gate opens and
+  not before (``OpenGate(committed)``), ahead of all that the guest sends here; what it sent after them never does.
 * Where there is an arbiter, a primary that went silent is taken over only with a term that the arbiter has given us
   (``ClaimWon``). While the claim is open no session is accepted: the answer may come, and would find us without the
   checkpoint and the primary without its guest. A claim that is lost gives up the checkpoint: another goes on.
@@ -15,323 +24,121 @@ The safety argument (I1, I2, I3):
   term is one that neither side has ever claimed, or holds, so that no claim of another time can be for it.
 * A standby with an open claim does not stop: the term may be given to it, and would leave the VM to nobody.
 * A standby that was asked to stop promises not to take over, and then cannot any more (STOOD_DOWN).
+
+The words (states, events, effects) are in ``standby_words.py`` and offered here too.
 """
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kagemusha.errors import ProtocolError
-from kagemusha.model.ids import FIRST_EPOCH, NO_EPOCH, NO_TERM, Epoch, Term
+from kagemusha.model.ids import FIRST_EPOCH, NO_EPOCH, NO_TERM, Term
 from kagemusha.protocol.machine import Table, on, step
-
-
-class State(enum.Enum):
-    """Where a standby is."""
-
-    WAITING = "waiting"  # QEMU waits, there is no primary
-    SYNCING = "syncing"  # the memory is being filled: nothing to take over with
-    PROTECTING = "protecting"  # exactly one committed checkpoint is held
-    CLAIMING = "claiming"  # the primary is silent: the arbiter has been asked for the next term
-    TAKING_OVER = "taking over"  # decided; what was acknowledged is being applied
-    ACTIVATING = "activating"  # the device state is being fed to QEMU
-    ACTIVE = "active"  # the guest runs here
-    STOOD_DOWN = "stood down"  # promised not to take over
-    FAILED = "failed"  # the guest cannot be brought to life here
-
-
-TERMINAL = frozenset({State.STOOD_DOWN, State.FAILED})
-BEFORE = (State.WAITING, State.SYNCING, State.PROTECTING)
-UNDECIDED = (*BEFORE, State.CLAIMING)
-DECIDED = (State.TAKING_OVER, State.ACTIVATING, State.ACTIVE)
-
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PrimaryConnected:
-    """A primary introduced itself and fits.
-
-    ``term``: in which its guest runs; ``tried``: the newest it has ever claimed; ``first_epoch``: the epoch its guest
-    is in.
-    """
-
-    term: Term
-    tried: Term
-    first_epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointComplete:
-    """All of this checkpoint is here and verified."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointApplied:
-    """This checkpoint is in QEMU's memory."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class LinkLost:
-    """The session broke. Decides nothing by itself."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class HeartbeatLost:
-    """Nothing was heard of the primary for so long that its lease has run out, by any clock within the drift bound."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimWon:
-    """The arbiter has given this term to us."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimLost:
-    """The arbiter has given this term to another."""
-
-    term: Term
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Forced:
-    """The operator vouches that no other instance runs or will (``kage promote --force``)."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GuestDied:
-    """The primary says that its guest certainly runs no more."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PrimaryLeft:
-    """The primary ends the protection in good order: do not take over."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Activated:
-    """The guest runs here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """QEMU does not take the state, or is gone, or the memory cannot be written."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """The operator wants this standby to end."""
-
-    reason: str
-
-
-Event = (
-    PrimaryConnected
-    | CheckpointComplete
-    | CheckpointApplied
-    | LinkLost
-    | HeartbeatLost
-    | ClaimWon
-    | ClaimLost
-    | Forced
-    | GuestDied
-    | PrimaryLeft
-    | Activated
-    | Failed
-    | StopRequested
+from kagemusha.protocol.standby_words import (
+    BEFORE,
+    COMING,
+    DECIDED,
+    TERMINAL,
+    UNDECIDED,
+    AcceptSession,
+    Acknowledge,
+    Activate,
+    Activated,
+    Ahead,
+    ApplyCheckpoint,
+    CheckpointApplied,
+    CheckpointComplete,
+    Claim,
+    ClaimLost,
+    ClaimWon,
+    ConfirmStandDown,
+    Data,
+    DropClaim,
+    DropSession,
+    Effect,
+    Event,
+    Failed,
+    Forced,
+    GuestDied,
+    HeartbeatLost,
+    HoldOutput,
+    LeaseOver,
+    LinkLost,
+    NoteTerm,
+    OpenGate,
+    PrepareMemory,
+    PrimaryConnected,
+    PrimaryLeft,
+    RecordTerm,
+    RecordTried,
+    RefuseSession,
+    SayGoodbye,
+    State,
+    StopGuest,
+    StopRequested,
 )
 
-
-# --- effects ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class DropSession:
-    """Close the link; whatever part of a checkpoint had come is thrown away."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareMemory:
-    """Wait for what is being applied, then make the memory all zero."""
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptSession:
-    """Welcome the primary."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class RefuseSession:
-    """Send the primary away. ``superseded``: because our term is newer."""
-
-    reason: str
-    term: Term
-    superseded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledge:
-    """Tell the primary that this checkpoint is committed."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class ApplyCheckpoint:
-    """Write this checkpoint into QEMU's memory."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class RecordTried:
-    """Make durable that this term is being claimed, before it is."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Ask the arbiter for this term until it answers."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class DropClaim:
-    """Ask no more; the answer means nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class NoteTerm:
-    """Tell the arbiter who holds this term, without waiting."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class RecordTerm:
-    """Make this term durable before going on."""
-
-    term: Term
-
-
-@dataclass(frozen=True, slots=True)
-class Activate:
-    """Feed QEMU the device state of this checkpoint."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class OpenGate:
-    """Let the guest's frames out and in."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConfirmStandDown:
-    """Tell the primary that we will not take over."""
-
-
-@dataclass(frozen=True, slots=True)
-class SayGoodbye:
-    """Promise the primary not to take over."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopGuest:
-    """End the guest that runs here."""
-
-
-Effect = (
-    DropSession
-    | PrepareMemory
-    | AcceptSession
-    | RefuseSession
-    | Acknowledge
-    | ApplyCheckpoint
-    | RecordTried
-    | Claim
-    | DropClaim
-    | NoteTerm
-    | RecordTerm
-    | Activate
-    | OpenGate
-    | ConfirmStandDown
-    | SayGoodbye
-    | StopGuest
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """All a standby knows.
-
-    :ivar term: the newest in which a guest is known to run.
-    :ivar tried: the newest that this host has ever claimed, with or without success.
-    :ivar arbitrated: there is an arbiter; without one it is this standby that decides.
-    :ivar committed: last acknowledged epoch of this session; 0 if none.
-    :ivar applied: last applied epoch of this session; 0 if none.
-    :ivar session: a primary is connected.
-    :ivar reason: why it takes over, stood down or failed.
-    """
-
-    state: State
-    term: Term
-    tried: Term
-    arbitrated: bool = False
-    committed: Epoch = NO_EPOCH
-    applied: Epoch = NO_EPOCH
-    session: bool = False
-    reason: str = ""
-
-    @property
-    def next_term(self) -> Term:
-        """Which nobody has claimed, as far as is known here."""
-        return Term(max(self.term, self.tried) + 1)
-
-    @property
-    def status(self) -> str:
-        """The state as an operator wants it told."""
-        return State.TAKING_OVER.name if self.state is State.ACTIVATING else self.state.name
-
+__all__ = [
+    "BEFORE",
+    "COMING",
+    "DECIDED",
+    "TABLE",
+    "TERMINAL",
+    "UNDECIDED",
+    "AcceptSession",
+    "Acknowledge",
+    "Activate",
+    "Activated",
+    "Ahead",
+    "ApplyCheckpoint",
+    "CheckpointApplied",
+    "CheckpointComplete",
+    "Claim",
+    "ClaimLost",
+    "ClaimWon",
+    "ConfirmStandDown",
+    "Data",
+    "DropClaim",
+    "DropSession",
+    "Effect",
+    "Event",
+    "Failed",
+    "Forced",
+    "GuestDied",
+    "HeartbeatLost",
+    "HoldOutput",
+    "LeaseOver",
+    "LinkLost",
+    "NoteTerm",
+    "OpenGate",
+    "PrepareMemory",
+    "PrimaryConnected",
+    "PrimaryLeft",
+    "RecordTerm",
+    "RecordTried",
+    "RefuseSession",
+    "Result",
+    "SayGoodbye",
+    "State",
+    "StopGuest",
+    "StopRequested",
+    "advance",
+    "initial",
+]
 
 Result = tuple[Data, tuple[Effect, ...]]
 
 
-def initial(term: Term, *, tried: Term = NO_TERM, arbitrated: bool = False) -> Data:
+def initial(term: Term, *, tried: Term = NO_TERM, arbitrated: bool = False, fencing: bool = False) -> Data:
     """A standby that has just started."""
-    return Data(State.WAITING, term, max(term, tried), arbitrated)
+    return Data(State.WAITING, term, max(term, tried), arbitrated, fencing)
 
 
 def _waiting(data: Data, reason: str = "") -> Data:
     """Nothing to take over with."""
-    return replace(initial(data.term, tried=data.tried, arbitrated=data.arbitrated), reason=reason)
+    fresh = initial(data.term, tried=data.tried, arbitrated=data.arbitrated, fencing=data.fencing)
+    return replace(fresh, reason=reason)
 
 
 def advance(data: Data, event: Event) -> Result:
@@ -359,7 +166,7 @@ def _connected(data: Data, event: PrimaryConnected) -> Result:
     # is not held before the primary is known to have heard of it: it may come again with its old term.
     known: tuple[Effect, ...] = (RecordTerm(held),) if held > data.term else ()
     tried_too: tuple[Effect, ...] = (RecordTried(agreed),) if agreed > max(held, data.tried) else ()
-    accepted = Data(State.SYNCING, held, agreed, data.arbitrated, session=True)
+    accepted = Data(State.SYNCING, held, agreed, data.arbitrated, data.fencing, session=True)
     return accepted, (*drop, *known, *tried_too, PrepareMemory(), AcceptSession(agreed))
 
 
@@ -388,7 +195,12 @@ def _applied(data: Data, event: CheckpointApplied) -> Result:
     if not data.applied < event.epoch <= data.committed:
         raise ProtocolError(f"epoch {event.epoch} is not to be applied", operation="apply", epoch=event.epoch)
     applied = replace(data, applied=event.epoch)
-    return _activate_when_applied(applied) if data.state is State.TAKING_OVER else (applied, ())
+    match data.state:
+        case State.TAKING_OVER:
+            return _activate_when_applied(applied)
+        case State.CLAIMING:
+            return _go_ahead_when_applied(applied)
+    return applied, ()
 
 
 def _link_lost(data: Data, event: LinkLost) -> Result:
@@ -400,19 +212,33 @@ def _link_lost(data: Data, event: LinkLost) -> Result:
 
 
 def _heartbeat_lost(data: Data, event: HeartbeatLost) -> Result:
-    """Silent for longer than its lease. An arbiter is asked first; what was acknowledged is applied meanwhile."""
+    """Taken for dead. An arbiter is asked first; what can be done before its answer is done meanwhile."""
     drop: tuple[Effect, ...] = (DropSession(),) if data.session else ()
     alone = replace(data, session=False, reason=event.reason)
     if not data.arbitrated:
         after, effects = _take_over_in(alone, data.next_term)
         return after, (*drop, *effects)
     claim = data.next_term
-    claiming = replace(alone, state=State.CLAIMING, tried=claim)
-    return claiming, (*drop, RecordTried(claim), Claim(claim))
+    after, effects = _go_ahead_when_applied(replace(alone, state=State.CLAIMING, tried=claim))
+    return after, (*drop, RecordTried(claim), Claim(claim), *effects)
+
+
+def _go_ahead_when_applied(data: Data) -> Result:
+    if not data.fencing or data.applied != data.committed:
+        return data, ()
+    return replace(data, ahead=Ahead.LOADING), (HoldOutput(), Activate(data.committed))
+
+
+def _alive_ahead(data: Data, event: Activated) -> Result:
+    if data.ahead is not Ahead.LOADING:
+        raise ProtocolError("no guest was brought to life", operation="activate")
+    return replace(data, ahead=Ahead.ALIVE), ()
 
 
 def _claim_won(data: Data, event: ClaimWon) -> Result:
-    return _take_over_in(data, event.term) if event.term == data.tried else (data, ())
+    if event.term != data.tried:
+        return data, ()
+    return _take_over_in(replace(data, silenced=data.silenced or data.fencing), event.term)
 
 
 def _claim_lost(data: Data, event: ClaimLost) -> Result:
@@ -420,32 +246,49 @@ def _claim_lost(data: Data, event: ClaimLost) -> Result:
     if event.term != data.tried:
         return data, ()
     reason = f"{event.holder} has term {event.term}; the checkpoint here is of no use any more"
+    if data.ahead is not Ahead.NO:
+        return replace(data, state=State.SPENT, term=event.term, reason=reason), (RecordTerm(event.term), StopGuest())
     return _waiting(replace(data, term=event.term), reason), (RecordTerm(event.term),)
 
 
 def _forced(data: Data, event: Forced) -> Result:
-    after, effects = _take_over_in(replace(data, reason=event.reason), data.tried)
+    after, effects = _take_over_in(replace(data, silenced=True, reason=event.reason), data.tried)
     return after, (DropClaim(), *effects, NoteTerm(data.tried))
 
 
 def _handed_over(data: Data, event: GuestDied) -> Result:
     drop: tuple[Effect, ...] = (DropSession(),) if data.session else ()
     term = data.next_term
-    after, effects = _take_over_in(replace(data, session=False, reason=event.reason), term)
+    after, effects = _take_over_in(replace(data, session=False, silenced=True, reason=event.reason), term)
     return after, (*drop, *effects, NoteTerm(term))
 
 
 def _take_over_in(data: Data, term: Term) -> Result:
     """Decided: from here on no one is heard but who is told this term."""
     decided = replace(data, state=State.TAKING_OVER, term=term, tried=term)
-    after, effects = _activate_when_applied(decided)
-    return after, (RecordTerm(term), *effects)
+    if data.ahead is Ahead.NO:
+        after, effects = _activate_when_applied(decided)
+        return after, (RecordTerm(term), *effects)
+    came = State.ACTIVE if data.ahead is Ahead.ALIVE else State.ACTIVATING
+    return replace(decided, state=came), (RecordTerm(term), OpenGate(data.committed))
 
 
 def _activate_when_applied(data: Data) -> Result:
     if data.applied != data.committed:
         return data, ()
-    return replace(data, state=State.ACTIVATING), (OpenGate(), Activate(data.committed))
+    coming = replace(data, state=State.ACTIVATING)
+    if data.fencing and data.silenced:  # whom the switch has yet to let in: it comes to life meanwhile
+        return coming, (HoldOutput(), Activate(data.committed), OpenGate(data.committed))
+    return coming, (OpenGate(data.committed) if data.silenced else HoldOutput(), Activate(data.committed))
+
+
+def _lease_over(data: Data, event: LeaseOver) -> Result:
+    """What has been brought to life meanwhile is heard from now on."""
+    silenced = replace(data, silenced=True)
+    if data.state is State.UNHEARD:
+        return replace(silenced, state=State.ACTIVE), (OpenGate(data.committed),)
+    loading = data.state is State.ACTIVATING and not data.silenced
+    return silenced, (OpenGate(data.committed),) if loading else ()
 
 
 def _nothing_to_take_over(data: Data, event: GuestDied) -> Result:
@@ -453,7 +296,7 @@ def _nothing_to_take_over(data: Data, event: GuestDied) -> Result:
 
 
 def _activated(data: Data, event: Activated) -> Result:
-    return replace(data, state=State.ACTIVE), ()
+    return replace(data, state=State.ACTIVE if data.silenced else State.UNHEARD), ()
 
 
 def _primary_left(data: Data, event: PrimaryLeft) -> Result:
@@ -497,6 +340,7 @@ TABLE: Table[Data, Effect] = {
     **on((State.SYNCING, State.PROTECTING), LinkLost, _link_lost),
     **on((State.WAITING, State.CLAIMING, *DECIDED), LinkLost, _ignore),
     **on((State.PROTECTING,), HeartbeatLost, _heartbeat_lost),
+    **on((State.CLAIMING, *COMING), LeaseOver, _lease_over),
     **on((State.CLAIMING,), ClaimWon, _claim_won),
     **on((State.CLAIMING,), ClaimLost, _claim_lost),
     **on((*BEFORE, *DECIDED), ClaimWon, _ignore),
@@ -506,8 +350,9 @@ TABLE: Table[Data, Effect] = {
     **on((State.SYNCING,), GuestDied, _nothing_to_take_over),
     **on((State.SYNCING, State.PROTECTING), PrimaryLeft, _primary_left),
     **on((State.ACTIVATING,), Activated, _activated),
-    **on((*UNDECIDED, State.TAKING_OVER, State.ACTIVATING, State.ACTIVE), Failed, _failed),
+    **on((State.CLAIMING,), Activated, _alive_ahead),
+    **on((*UNDECIDED, *DECIDED), Failed, _failed),
     **on(BEFORE, StopRequested, _stop),
-    **on((State.CLAIMING, State.TAKING_OVER, State.ACTIVATING), StopRequested, _ignore),
+    **on((State.CLAIMING, *COMING), StopRequested, _ignore),
     **on((State.ACTIVE,), StopRequested, _stop_active),
 }

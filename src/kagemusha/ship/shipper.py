@@ -8,6 +8,8 @@ older than ``stall_s``, so a hung QEMU or a hung loop leads to a takeover like a
 their interval whatever else is sent, also between the frames of a checkpoint: what the standby says of them, and each
 acknowledgement, extends the lease.
 
+Copies of what the gate holds come from the gate process itself, and go ahead of the checkpoint that they wait for.
+
 Invariants: an acknowledgement is reported only for a checkpoint that was sent whole on this link. The lease is extended
 from when that was sent which the standby says it got (``protocol/lease.py``), never from when it says so.
 """
@@ -24,8 +26,11 @@ from multiprocessing.connection import Connection
 
 from kagemusha.errors import BugError, KageError, PeerError, TransientError, WireError
 from kagemusha.kernel.bpf_lease import Lease, boottime_ns
+from kagemusha.kernel.fault_point import reach
+from kagemusha.kernel.output_channel import OutputChannel
 from kagemusha.kernel.staging import StagingSlot
 from kagemusha.model.config import Address
+from kagemusha.model.faults import Fault
 from kagemusha.model.ids import Epoch, Term
 from kagemusha.model.lease import LeasePromise
 from kagemusha.model.memory import RUN_DATA
@@ -49,9 +54,9 @@ from kagemusha.ship.orders import (
 from kagemusha.transport.link import Link, connect
 from kagemusha.wire.block import BlockCodec
 from kagemusha.wire.checkpoint import OutgoingCheckpoint
-from kagemusha.wire.frame import Frame, FrameHeader, FrameType
+from kagemusha.wire.frame import Frame, FrameHeader, FrameType, make_frame
 from kagemusha.wire.handshake import Goodbye, HandOver, Hello, RefusalCode, Refused, StandDown, Welcome
-from kagemusha.wire.messages import Ack, Heartbeat, Message, StandDownConfirmed, decode, encode
+from kagemusha.wire.messages import Ack, Heartbeat, Message, OutputLeft, StandDownConfirmed, decode, encode
 from kagemusha.wire.pages import split_zero_pages
 from kagemusha.wire.sync import OutgoingSync
 from kagemusha.wire.tally import StreamTotals
@@ -106,13 +111,18 @@ class Session:
             device_bytes=sealed.device_bytes,
             rules_bytes=sealed.rules_bytes,
             inbound_seen=sealed.inbound_seen,
+            switch_session=sealed.switch_session,
             codec=self.codec,
         )
         for frame in outgoing.frames():
             if frame.kind is FrameType.CHECKPOINT_END:
+                reach(Fault.SHIP_ALL_BUT_END)
                 # Before it goes out: the answer may come while it is being sent.
                 self.in_flight[sealed.epoch] = (outgoing.statistics(), self.renewals.send(boottime_ns()))
             yield frame
+            if frame.kind is FrameType.CHECKPOINT_BEGIN:
+                reach(Fault.SHIP_BEGUN)
+        reach(Fault.SHIP_SENT)
 
     def sync_frames(self, order: SendSync, slot: StagingSlot) -> Iterator[Frame]:
         """The frames of synchronisation pages from a slot."""
@@ -136,14 +146,21 @@ class Shipper:
         context: ssl.SSLContext | None,
         lease: Lease,
         loop_alive_t: Callable[[], float],
+        copies: OutputChannel,
+        set_urgent: Callable[[bool], None] = lambda urgent: None,
     ) -> None:
-        """:param loop_alive_t: CLOCK_MONOTONIC seconds of the epoch loop's last sign of life."""
+        """:param loop_alive_t: CLOCK_MONOTONIC seconds of the epoch loop's last sign of life.
+        :param copies: from the gate process; a copy is a payload of HELD_OUTPUT.
+        :param set_urgent: called when somebody waits for what is sent, and when no longer.
+        """
         self._orders = orders
         self._slots = slots
         self._settings = settings
         self._context = context
         self._lease = lease
         self._loop_alive_t = loop_alive_t
+        self._copies = copies
+        self._set_urgent = set_urgent
         self._attempt = 0
         self._session: Session | None = None
 
@@ -152,6 +169,7 @@ class Shipper:
         with suppress(EOFError, ConnectionResetError):
             while True:
                 self._wait()
+                self._guarded(self._tell_left)
                 while self._orders.poll(0):
                     self._guarded(self._obey, self._orders.recv())
                 self._guarded(self._listen)
@@ -166,6 +184,7 @@ class Shipper:
     def _wait(self) -> None:
         poll = select.poll()
         poll.register(self._orders, select.POLLIN)
+        poll.register(self._copies, select.POLLIN)
         wait_s = self._settings.heartbeat_s
         if self._session is not None:
             poll.register(self._session.link, select.POLLIN)
@@ -184,6 +203,7 @@ class Shipper:
         if self._session is not None:
             self._session.link.close()
             self._session = None
+            self._set_urgent(False)
 
     def _leave(self) -> None:
         """End the session; if the last order was a closing message, see that it arrives."""
@@ -202,18 +222,23 @@ class Shipper:
             case _ if self._session is None:
                 return  # ordered before the worker read that the session is gone
             case SendCheckpoint():
+                self._send_copies(self._session, order.checkpoint.epoch)
                 self._send(self._session.checkpoint_frames(order, self._slots[order.checkpoint.slot]))
             case SendSync():
                 wire_bytes = self._send(self._session.sync_frames(order, self._slots[order.slot]))
+                reach(Fault.SHIP_SYNC_SENT)
                 self._report(SyncSent(order.slot, wire_bytes))
             case SendSyncEnd():
                 if self._session.sync is None:
                     raise BugError("the synchronisation is over", operation="end the synchronisation")
                 self._session.link.send(self._session.sync.end())
                 self._session.sync = None
+                self._set_urgent(True)
             case Say():
                 self._session.said = order.message  # before it goes out: the answer may come while it is being sent
                 self._session.link.send(encode(order.message, term=self._session.term))
+                if isinstance(order.message, HandOver):
+                    reach(Fault.SHIP_HAND_OVER_SENT)
 
     def _send(self, frames: Iterator[Frame]) -> int:
         """Send many frames, heartbeats between them, and hear the answers; returns the frames' bytes on the link."""
@@ -225,7 +250,20 @@ class Shipper:
             wire_bytes += frame.wire_bytes
             self._listen()
             self._beat()
+            self._tell_left()
         return wire_bytes
+
+    def _send_copies(self, session: Session, epoch: Epoch) -> None:
+        """What the gate holds for the commits from this epoch on. What was for earlier ones is a former session's."""
+        while (copy := self._copies.take_copy()) is not None:
+            held, payload = copy
+            if held >= epoch:
+                session.link.send(make_frame(FrameType.HELD_OUTPUT, term=session.term, epoch=held, parts=(payload,)))
+
+    def _tell_left(self) -> None:
+        while (epoch := self._copies.take_left()) is not None:
+            if self._session is not None:
+                self._session.link.send(encode(OutputLeft(epoch), term=self._session.term))
 
     def _open(self, standby: Address, hello: Hello) -> None:
         link = connect(standby, self._context, inbox=self._take)
@@ -282,6 +320,7 @@ class Shipper:
                         operation="listen",
                     )
                 totals, number = session.in_flight.pop(message.epoch)
+                reach(Fault.SHIP_ACKNOWLEDGED)
                 self._extend_lease(session, number)
                 session.covered = True
                 self._report(Acknowledged(message.epoch, session.last_heard, totals.wire_bytes, totals.zero_bytes))

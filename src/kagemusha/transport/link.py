@@ -6,7 +6,7 @@ says None whenever the socket is readable (TLS may hold more than the kernel sho
 Sending waits until the kernel has taken everything, at most ``SEND_TIMEOUT_S`` without progress. A sender that
 is also sent to (the primary: acknowledgements) must go on reading meanwhile, or both ends could wait for each
 other; it gives ``inbox``, where such frames are put. What the peer had said before the connection broke is still put
-there.
+there. One that serves many peers and may wait for none uses :meth:`Link.offer` instead, and bounds what waits.
 
 Any error means that the stream is broken for good: close the link.
 """
@@ -17,6 +17,7 @@ import select
 import socket
 import ssl
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -38,6 +39,7 @@ class Link:
     """One connection. ``sent_bytes`` and ``received_bytes`` count whole frames, headers included.
 
     :ivar heard_t: CLOCK_MONOTONIC seconds when the last byte came, also in the middle of a frame.
+    :ivar ended: the connection was closed or broke, whatever had come of a frame by then.
     """
 
     def __init__(self, connection: socket.socket, *, inbox: Inbox | None = None) -> None:
@@ -48,12 +50,14 @@ class Link:
         self._inbox = inbox
         self._reader = FrameReader()
         self._next_sequence = 0
+        self._offered: deque[memoryview] = deque()
         self._header: FrameHeader | None = None
         self._head = memoryview(bytearray(HEADER_BYTES))
         # Enough for an introduction; a stranger does not get more before it sends more.
         self._body = memoryview(bytearray(SMALL_PAYLOAD))
         self._filled = 0
         self.heard_t = time.monotonic()
+        self.ended = False
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -128,6 +132,41 @@ class Link:
                 raise TransientError("the peer takes no data any more", operation="send")
         self.sent_bytes += frame.wire_bytes
 
+    def offer(self, frame: Frame) -> None:
+        """Send one frame as far as the kernel takes it now; :meth:`flush` sends the rest. Never waits.
+
+        Not to be mixed with :meth:`send`.
+
+        :raise TransientError, PeerError: the connection broke.
+        """
+        self._offered.append(memoryview(b"".join((pack_frame(frame, sequence=self._next_sequence), *frame.parts))))
+        self._next_sequence += 1
+        self.sent_bytes += frame.wire_bytes
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what was offered, as far as the kernel takes it now; whether nothing is left.
+
+        :raise TransientError, PeerError: the connection broke.
+        """
+        while self._offered:
+            part = self._offered[0]
+            try:
+                sent = self._socket.send(part)
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                return False
+            except OSError as error:
+                raise self._broken(error, "send") from error
+            self._offered.popleft()
+            if sent < len(part):
+                self._offered.appendleft(part[sent:])
+        return True
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of what was offered and the kernel has not taken."""
+        return sum(map(len, self._offered))
+
     def _send_some(self, parts: list[memoryview]) -> int:
         try:
             if isinstance(self._socket, ssl.SSLSocket):
@@ -167,13 +206,15 @@ class Link:
         except OSError as error:
             raise self._broken(error, "receive") from error
         if size == 0:
+            self.ended = True
             self._reader.take_end(self._filled)
             raise PeerError("the peer closed the connection", operation="receive", hint=self._hint)
         return size
 
     def _broken(self, error: OSError, operation: str) -> PeerError | TransientError:
-        if isinstance(error, ssl.SSLError):
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             return _tls_failed(error, operation)
+        self.ended = True
         reason = f"connection broken: {error.strerror or error}"
         return TransientError(reason, operation=operation, hint=self._hint)
 
@@ -232,8 +273,8 @@ def accept(listener: socket.socket, context: ssl.SSLContext | None) -> tuple[Lin
         raise
 
 
-def listen(address: Address) -> socket.socket:
-    """A listening socket.
+def listen(address: Address, *, key: str = "standby.listen") -> socket.socket:
+    """A listening socket. ``key``: of the configuration, which says so.
 
     :raise ConfigError: the address cannot be used.
     """
@@ -242,7 +283,7 @@ def listen(address: Address) -> socket.socket:
         listener = socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"standby.listen {address}: {reason}", operation="listen") from error
+        raise ConfigError(f"{key} {address}: {reason}", operation="listen") from error
     listener.setblocking(False)
     return listener
 

@@ -52,10 +52,11 @@ class OutgoingCheckpoint:
         device_bytes: int,
         rules_bytes: int,
         inbound_seen: int,
+        switch_session: int,
         codec: BlockCodec,
     ) -> None:
         """Parameters as in ``SealedCheckpoint``: runs of each part, bytes of contents, device state and rule set, and
-        the last inbound frame.
+        the last inbound frame, and the session at the switch.
         """
         self._epoch = epoch
         self._term = term
@@ -64,6 +65,7 @@ class OutgoingCheckpoint:
         self._device_bytes = device_bytes
         self._rules_bytes = rules_bytes
         self._inbound_seen = inbound_seen
+        self._switch_session = switch_session
         self._state = buffers.device[: device_bytes + rules_bytes]
         self._tally = Tally()
 
@@ -79,6 +81,7 @@ class OutgoingCheckpoint:
                 device_bytes=self._device_bytes,
                 rules_bytes=self._rules_bytes,
                 inbound_seen=self._inbound_seen,
+                switch_session=self._switch_session,
             ),
             term=self._term,
         )
@@ -206,6 +209,11 @@ class CheckpointAssembler:
     def inbound_seen(self) -> int:
         """Number of the last frame that the checkpoint's guest has read from its NIC; 0: not known."""
         return 0 if self._begin is None else self._begin.inbound_seen
+
+    @property
+    def switch_session(self) -> int:
+        """In which the switch has sealed the checkpoint's output; 0: in none."""
+        return 0 if self._begin is None else self._begin.switch_session
 
     def statistics(self) -> StreamTotals:
         """What came so far. Of a complete checkpoint: the lengths used of the buffers."""

@@ -39,6 +39,10 @@ CHUNK_BYTES: Final = CHUNK_PAGES * PAGE_BYTES
 BLOCK_HEADER_BYTES: Final = 16
 INBOUND_BYTES: Final = 1 << 20
 """Bytes of one batch of inbound frames at most, its table included."""
+HELD_OUTPUT_BYTES: Final = 64 << 10
+"""Bytes of the copies of one epoch's held frames at most, their table included."""
+RULE_SET_BYTES: Final = 5 << 18
+"""Bytes of one rule version for a switch at most, the session in front of it included."""
 
 HEADER_BODY: Final = struct.Struct("<4sHHHHIQIIQ")
 HEADER_DIGEST: Final = struct.Struct("<Q")
@@ -62,12 +66,37 @@ class FrameType(enum.IntEnum):
     DEVICE_STATE = 34  # primary: a piece of the device state
     CHECKPOINT_END = 35  # primary: the checkpoint is complete, here are its totals
     ACK = 36  # standby: I hold the whole checkpoint
+    HELD_OUTPUT = 37  # primary: copies of frames that wait for the commit of epoch n
+    OUTPUT_LEFT = 38  # primary: all frames that waited for epochs up to n have left
     HEARTBEAT = 48  # both: I am alive, and the last one I heard was ...
     STAND_DOWN = 49  # one that takes over: fall silent
     STAND_DOWN_CONFIRMED = 50  # the answer: I am silent
     HAND_OVER = 51  # primary: take over after the last acknowledged checkpoint
     GOODBYE = 52  # both: I end this session in good order
     INBOUND_FRAMES = 64  # primary, on that connection: frames with their numbers
+    # From here on: between a host (H) and its switch (W), on connections of their own (``switch.py``).
+    SWITCH_HELLO = 128  # H: who I am
+    SWITCH_WELCOME = 129  # W: agreed
+    SWITCH_REFUSED = 130  # W: no, and why; of a connection, or of one message
+    REGISTER_VM = 131  # H: this VM's guest is mine, in this term
+    VM_REGISTERED = 132  # W: so it is
+    UNREGISTER_VM = 133  # H: it is a VM like any other again
+    RULE_SET = 134  # H: which of its frames are held
+    RULES_IN_FORCE = 135  # W: these rules decide from now on
+    FLOW_INFORMATION = 136  # H: a flow, its class, how long it lives; or that it has ended
+    SEAL = 137  # H: the guest stands: what it has sent is epoch n
+    SEALED = 138  # W: ... and this is what it is
+    RELEASE = 139  # H, the primary: epoch n is committed
+    COMMITTED = 140  # H, the standby: so it is, and I am the one to know
+    SET_MODE = 141  # H: let out, hold or drop what the guest sends
+    MODE_SET = 142  # W: so it is from now on
+    CLAIM = 143  # H: I want this term
+    CLAIM_ANSWER = 144  # W: who has it
+    ASK_NEWEST = 145  # H: which is the newest term?
+    NEWEST = 146  # W: this one, and who has it
+    DEMAND = 147  # W: held frames wait
+    ASK_TOTALS = 148  # H: how much has been held, released, dropped?
+    TOTALS = 149  # W: so much
 
 
 MAX_PAYLOAD_BYTES: Final[dict[FrameType, int]] = {
@@ -76,11 +105,13 @@ MAX_PAYLOAD_BYTES: Final[dict[FrameType, int]] = {
     FrameType.REFUSED: 8 << 10,
     FrameType.SYNC_BEGIN: 8,
     FrameType.SYNC_END: 40,
-    FrameType.CHECKPOINT_BEGIN: 40,
+    FrameType.CHECKPOINT_BEGIN: 48,
     FrameType.PAGE_CHUNK: BLOCK_HEADER_BYTES + CHUNK_PAGES * RUN_DTYPE.itemsize + CHUNK_BYTES,
     FrameType.DEVICE_STATE: BLOCK_HEADER_BYTES + CHUNK_BYTES,
     FrameType.CHECKPOINT_END: 40,
     FrameType.ACK: 0,
+    FrameType.HELD_OUTPUT: HELD_OUTPUT_BYTES,
+    FrameType.OUTPUT_LEFT: 0,
     FrameType.HEARTBEAT: 16,
     FrameType.STAND_DOWN: 8 << 10,
     FrameType.STAND_DOWN_CONFIRMED: 0,
@@ -88,12 +119,45 @@ MAX_PAYLOAD_BYTES: Final[dict[FrameType, int]] = {
     FrameType.GOODBYE: 8 << 10,
     FrameType.INBOUND_HELLO: 8 << 10,
     FrameType.INBOUND_FRAMES: INBOUND_BYTES,
+    FrameType.SWITCH_HELLO: 8 << 10,
+    FrameType.SWITCH_WELCOME: 8 << 10,
+    FrameType.SWITCH_REFUSED: 8 << 10,
+    FrameType.REGISTER_VM: 8 << 10,
+    FrameType.VM_REGISTERED: 8,
+    FrameType.UNREGISTER_VM: 8,
+    FrameType.RULE_SET: RULE_SET_BYTES,
+    FrameType.RULES_IN_FORCE: 16,
+    FrameType.FLOW_INFORMATION: 8 << 10,
+    FrameType.SEAL: 8,
+    FrameType.SEALED: 32,
+    FrameType.RELEASE: 8,
+    FrameType.COMMITTED: 8,
+    FrameType.SET_MODE: 16,
+    FrameType.MODE_SET: 16,
+    FrameType.CLAIM: 8 << 10,
+    FrameType.CLAIM_ANSWER: 8 << 10,
+    FrameType.ASK_NEWEST: 8 << 10,
+    FrameType.NEWEST: 8 << 10,
+    FrameType.DEMAND: 16,
+    FrameType.ASK_TOTALS: 8,
+    FrameType.TOTALS: 56,
 }
 MAX_PAYLOAD: Final = max(MAX_PAYLOAD_BYTES.values())
 """A receive buffer of this many bytes takes every payload."""
 
 WITH_EPOCH: Final = frozenset(
-    {FrameType.CHECKPOINT_BEGIN, FrameType.DEVICE_STATE, FrameType.CHECKPOINT_END, FrameType.ACK}
+    {
+        FrameType.CHECKPOINT_BEGIN,
+        FrameType.DEVICE_STATE,
+        FrameType.CHECKPOINT_END,
+        FrameType.ACK,
+        FrameType.HELD_OUTPUT,
+        FrameType.OUTPUT_LEFT,
+        FrameType.SEAL,
+        FrameType.SEALED,
+        FrameType.RELEASE,
+        FrameType.COMMITTED,
+    }
 )
 """Types whose epoch is at least 1. A page chunk has epoch 0 exactly when it belongs to the synchronisation;
 all others have epoch 0."""

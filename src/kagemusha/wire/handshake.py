@@ -23,12 +23,12 @@ MAX_BLOCKS: Final = 128
 _U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Safe to print in a terminal or a log line: no control characters, not endless."""
     return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT_CHARS]
 
 
-_Text = Annotated[str, AfterValidator(_plain)]
+_Text = Annotated[str, AfterValidator(plain_text)]
 
 
 class JsonMessage(BaseModel):

@@ -19,6 +19,7 @@ from kagemusha.model.ids import NO_EPOCH, Epoch, Term
 from kagemusha.wire.frame import Buffer, Frame, FrameHeader, FrameType, flat, make_frame
 from kagemusha.wire.handshake import Goodbye, HandOver, Hello, InboundHello, Refused, StandDown, Welcome
 from kagemusha.wire.inbound import InboundFrames
+from kagemusha.wire.output import HeldOutput
 
 _OPERATION: Final = "read message"
 
@@ -90,16 +91,18 @@ class CheckpointBegin(StructMessage):
     :ivar device_bytes: bytes of its device state.
     :ivar rules_bytes: bytes of the rule set that was in force at its end, which follows the device state; 0: as before.
     :ivar inbound_seen: number of the last frame that its guest has read from its NIC; 0: not known.
+    :ivar switch_session: in which the switch has sealed its output, and may be told of its commit; 0: in none.
     """
 
     kind: ClassVar[FrameType] = FrameType.CHECKPOINT_BEGIN
-    layout: ClassVar[struct.Struct] = struct.Struct("<QQQQQ")
+    layout: ClassVar[struct.Struct] = struct.Struct("<QQQQQQ")
     epoch: Epoch
     page_chunks: int
     page_bytes: int
     device_bytes: int
     rules_bytes: int
     inbound_seen: int
+    switch_session: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,15 @@ class Ack(StructMessage):
     """Standby → primary: I hold the whole checkpoint ``epoch``, verified. This is the commit."""
 
     kind: ClassVar[FrameType] = FrameType.ACK
+    layout: ClassVar[struct.Struct] = struct.Struct("<")
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLeft(StructMessage):
+    """Primary → standby: all frames that waited for the commit of epochs up to ``epoch`` have left."""
+
+    kind: ClassVar[FrameType] = FrameType.OUTPUT_LEFT
     layout: ClassVar[struct.Struct] = struct.Struct("<")
     epoch: Epoch
 
@@ -155,6 +167,8 @@ Message = (
     | CheckpointBegin
     | CheckpointEnd
     | Ack
+    | HeldOutput
+    | OutputLeft
     | Heartbeat
     | StandDown
     | StandDownConfirmed
@@ -173,6 +187,8 @@ MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.CHECKPOINT_BEGIN: CheckpointBegin,
     FrameType.CHECKPOINT_END: CheckpointEnd,
     FrameType.ACK: Ack,
+    FrameType.HELD_OUTPUT: HeldOutput,
+    FrameType.OUTPUT_LEFT: OutputLeft,
     FrameType.HEARTBEAT: Heartbeat,
     FrameType.STAND_DOWN: StandDown,
     FrameType.STAND_DOWN_CONFIRMED: StandDownConfirmed,

@@ -1,6 +1,7 @@
 """The host's control socket: made, found stale, refused, asked.
 
-Invariant: only root and the worker's own user can connect: the socket is never there with a wider mode than 0600.
+Invariants: only root and the worker's own user can connect: the socket is never there with a wider mode than 0600. And
+it is never there before it listens: one that refuses is a dead worker's.
 """
 
 from __future__ import annotations
@@ -40,9 +41,18 @@ def listen(path: Path) -> socket.socket:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.umask(0o177)
-        _remove_stale(path, operation)
-        listener.bind(os.fspath(path))
-        listener.listen(16)
+        made = path.with_name(f".{os.getpid():x}")  # no longer than the path itself
+        made.unlink(missing_ok=True)
+        listener.bind(os.fspath(made))
+        try:
+            listener.listen(16)
+            _remove_stale(path, operation)
+            os.link(made, path)
+        finally:
+            made.unlink()
+    except FileExistsError as error:
+        listener.close()
+        raise TransientError("another worker begins to serve it", operation=operation) from error
     except OSError as error:
         listener.close()
         raise ConfigError(error.strerror or str(error), operation=operation) from error

@@ -51,7 +51,8 @@ CONTEXT = R6  # of the main function, in its prologue too: struct __sk_buff
 LENGTH, WORD = R8, R7
 # The verifier allows 8192 on one way (BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 _CONDITIONS_PER_PART = 7680
-_MATCHED, _TRANSMIT, _ENTRY_SHIFT = 1, 2, 2
+TRANSMIT = 2  # the bit in a word
+_MATCHED, _ENTRY_SHIFT = 1, 2
 
 _LEN, _VLAN_PRESENT, _VLAN_TCI, _VLAN_PROTO = 0, 20, 24, 28  # offsets in struct __sk_buff
 _ETHERNET_BYTES, _ADDRESSES_BYTES, _TAG_BYTES = 14, 12, 4
@@ -90,7 +91,7 @@ class ClassifierCode:
 
 def word_of(action: Action, entry: int) -> int:
     """What the parts return for a rule's frames."""
-    return _MATCHED | (_TRANSMIT if action is Action.TRANSMIT else 0) | entry << _ENTRY_SHIFT
+    return _MATCHED | (TRANSMIT if action is Action.TRANSMIT else 0) | entry << _ENTRY_SHIFT
 
 
 def entry_of(word: int) -> int:
@@ -260,7 +261,7 @@ def _append_count(a: Assembler, counters_fd: int) -> None:
     a.alu64(ebpf.ADD, R2, _KEY_AT)
     a.call_helper(_HELPER_MAP_LOOKUP)
     a.jump_if64(ebpf.JNE, R0, 0, found)
-    a.alu(ebpf.AND, WORD, ~_TRANSMIT)
+    a.alu(ebpf.AND, WORD, ~TRANSMIT)
     a.jump(counted)
     a.place(found)
     a.load(8, R1, R0, 0)
@@ -280,12 +281,21 @@ def redirecting(hold_count_fd: int, hold_ifindex: int, direct_ifindex: int) -> E
 
     def append(a: Assembler) -> None:
         direct = a.new_label()
-        a.jump_if(ebpf.JSET, WORD, _TRANSMIT, direct)
+        a.jump_if(ebpf.JSET, WORD, TRANSMIT, direct)
         a.map_value_address(R1, hold_count_fd)
         a.alu64(ebpf.MOV, R2, 1)
         a.atomic_add64(R1, 0, R2)
         _append_redirect(a, hold_ifindex)
         a.place(direct)
+        _append_redirect(a, direct_ifindex)
+
+    return append
+
+
+def counting(direct_ifindex: int) -> Ending:
+    """The ending of a program that only counts: whatever the rules say, a switch further on does it."""
+
+    def append(a: Assembler) -> None:
         _append_redirect(a, direct_ifindex)
 
     return append

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from kagemusha.protocol.simulate.judge import Violation
 from kagemusha.protocol.simulate.report import Totals
-from kagemusha.protocol.simulate.scenario import Scenario, draw, shrink
+from kagemusha.protocol.simulate.scenario import FORMS, Scenario, draw, shrink
 from kagemusha.protocol.simulate.weaken import SOUND, WEAKNESSES, Weakness
+from kagemusha.protocol.simulate.weaken_switch import SWITCH_WEAKNESSES
 from kagemusha.protocol.simulate.world import World
 
 PROGRESS_S = 10.0
+ALL_WEAKNESSES = WEAKNESSES | SWITCH_WEAKNESSES
 
 
 def run(scenario: Scenario, weakness: Weakness, totals: Totals) -> str | None:
@@ -35,11 +37,11 @@ def run(scenario: Scenario, weakness: Weakness, totals: Totals) -> str | None:
 
 
 def search(steps: int, seed: int, weakness: Weakness, totals: Totals, *, progress: bool) -> tuple[Scenario, str] | None:
-    """Run scenarios until so many steps are done; the first that breaks something, and what."""
+    """Run scenarios of the totals' form until so many steps are done; the first that breaks something, and what."""
     chance = random.Random(seed)
     told_t = began_t = time.monotonic()
     while totals.steps < steps:
-        scenario = draw(chance)
+        scenario = draw(chance, totals.form)
         broken = run(scenario, weakness, totals)
         if broken is not None:
             return scenario, broken
@@ -72,14 +74,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kagemusha.protocol.simulate", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000, help="events to deliver")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--weaken", choices=sorted(WEAKNESSES), help="take one guard away")
+    parser.add_argument("--form", choices=FORMS, default="host", help="where frames are held")
+    parser.add_argument("--weaken", choices=sorted(ALL_WEAKNESSES), help="take one guard away")
     parser.add_argument("--replay", metavar="SCENARIO", help="run this one and print every step")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to F")
     options = parser.parse_args()
-    weakness = WEAKNESSES[options.weaken] if options.weaken else SOUND
+    weakness = ALL_WEAKNESSES[options.weaken] if options.weaken else SOUND
     if options.replay is not None:
         return replay(Scenario.parse(options.replay), weakness)
-    totals = Totals()
+    totals = Totals(weakness.form if options.weaken else options.form)
     began_t = time.monotonic()
     found = search(options.steps, options.seed, weakness, totals, progress=True)
     seconds = time.monotonic() - began_t

@@ -20,6 +20,10 @@ Holder = tuple[int, str]
 """Which node, and which instance on it."""
 
 
+class Unanswered(Exception):  # nothing is wrong: it is asked again
+    """Nothing is said to this question."""
+
+
 class Arbiter:
     """Terms and their holders. ``slow_s``: what requests take longer, each up to."""
 
@@ -49,12 +53,19 @@ class Arbiter:
     def _apply(
         self, node: int, client: Process, life: int, request: Callable[[], Any], answer: Callable[[Any], None]
     ) -> None:
-        result = request()
+        try:
+            result = request()
+        except Unanswered:
+            return
         chance = self._network.chance
         if (ARBITER, node) in self._network.cut or chance.random() < 0.05 or client.life != life:
             return
         delay = self._network.delay_s() + chance.random() * self.slow_s
         self._network.agenda.later(delay, client, answer, result)
+
+    def asked_newest(self) -> tuple[int, Holder] | None:
+        """The newest term that was given. :raise Unanswered: it is not said."""
+        return self.newest
 
     def claim(self, term: int, holder: Holder) -> tuple[int, Holder]:
         """Who has this term: it is the first that asked."""

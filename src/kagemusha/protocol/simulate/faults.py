@@ -12,6 +12,7 @@ from kagemusha.protocol.simulate.node import Node
 from kagemusha.protocol.simulate.primary_role import PrimaryRole
 from kagemusha.protocol.simulate.scenario import Fault
 from kagemusha.protocol.simulate.standby_role import StandbyRole
+from kagemusha.protocol.simulate.switch_faults import SWITCH_FAULTS
 
 if TYPE_CHECKING:
     from kagemusha.protocol.simulate.world import World
@@ -63,7 +64,7 @@ def _heal_arbiter(world: World, node: Node, number: int) -> None:
 
 def _break_line(world: World, node: Node, number: int) -> None:
     for line in world.network.lines:
-        if node.index in (line.a.node, line.b.node):
+        if node.index in (line.a.node, line.b.node) and ARBITER not in (line.a.node, line.b.node):
             line.break_off()
 
 
@@ -171,6 +172,8 @@ def _promote(world: World, node: Node, number: int) -> None:
         guest = snapshot.guest if snapshot is not None and snapshot.guest.left <= snapshot.memory else None
     if role is None or guest is None or guest.number != world.instances or guest.number in world.judge.cap:
         return
+    if world.judge.runs.get(role.data.tried, node.index) != node.index:
+        return  # another was given the term, and ran in it
     for other in world.nodes:
         if other is not node:
             other.die(host=True, guest=True)
@@ -205,6 +208,7 @@ FAULTS: dict[str, Strike] = {
     "guest powers off": _tell_primary(p.GuestExited(clean=True), dead=True),
     "guest freezes": _freeze_guest,
     "capture fails": _tell_primary(p.CaptureFailed("bug")),
+    "ship dies": _tell_primary(p.CaptureFailed("bug", mute=True)),
     "resume fails": _resume_fails,
     "standby fails": _standby_fails,
     "stop": _stop,
@@ -212,4 +216,5 @@ FAULTS: dict[str, Strike] = {
     "clock": _clock,
     "wall clock jumps": _wall_clock,
     "promote": _promote,
+    **SWITCH_FAULTS,
 }

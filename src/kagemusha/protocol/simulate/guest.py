@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 class Guest:
     """One instance of the VM, numbered in the order in which they come to life.
 
-    ``progress``: frames sent; ``left``: the newest that left; ``qemu``: what its QEMU is called at the arbiter.
+    ``progress``: frames sent; ``left``: the newest that left; ``node``: where it runs; ``qemu``: what its QEMU is
+    called at the arbiter; ``adopted``: it was there before its worker, and outlives it. A standby's QEMU does not.
     """
 
-    __slots__ = ("left", "number", "progress", "qemu", "running")
+    __slots__ = ("adopted", "left", "node", "number", "progress", "qemu", "running")
 
-    def __init__(self, number: int, qemu: str, progress: int = 0) -> None:
+    def __init__(self, number: int, node: int, qemu: str, progress: int = 0, *, adopted: bool = False) -> None:
         self.number = number
+        self.node = node
         self.qemu = qemu
+        self.adopted = adopted
         self.progress = progress
         self.left = 0
         self.running = True
@@ -41,10 +44,13 @@ class Mode(enum.Enum):
 
     PASS = "pass"
     HOLD = "hold"
+    WAIT = "wait"
     CLOSED = "closed"
 
 
 NEVER = -1
+Frame = tuple[Guest, int]
+"""Whose, and the guest's progress when it was sent."""
 
 
 class Gate:
@@ -66,8 +72,8 @@ class Gate:
         """As built: closed and empty."""
         self.mode = Mode.CLOSED
         self._until_ns = NEVER
-        self._open: list[tuple[Guest, int]] = []
-        self._sealed: deque[tuple[int, list[tuple[Guest, int]]]] = deque()
+        self._open: list[Frame] = []
+        self._sealed: deque[tuple[int, list[Frame]]] = deque()
 
     @property
     def leased(self) -> bool:
@@ -97,10 +103,16 @@ class Gate:
             elif self.leased:
                 self._judge.frame_left(guest, progress, held=False, transmit=True)
 
-    def seal(self, epoch: int) -> None:
-        """All frames held so far are this epoch's."""
-        self._sealed.append((epoch, self._open))
-        self._open = []
+    def seal(self, epoch: int) -> list[Frame]:
+        """All frames held so far are this epoch's; which they are."""
+        sealed, self._open = self._open, []
+        self._sealed.append((epoch, sealed))
+        return sealed
+
+    def send_ahead(self, frames: list[Frame]) -> None:
+        """What another instance has sent goes, ahead of all that waits."""
+        for guest, progress in frames:
+            self._judge.frame_left(guest, progress, held=True, transmit=False)
 
     def release(self, epoch: int) -> None:
         """Frames of epochs up to this one go; the lease decides whether they get anywhere."""
@@ -127,3 +139,10 @@ class Gate:
         self.mode = Mode.CLOSED
         self._open.clear()
         self._sealed.clear()
+
+    def worker_died(self) -> None:
+        """The gate's process died too, and what it held."""
+        self.close()
+
+    def worker_back(self) -> None:
+        """It is closed already."""

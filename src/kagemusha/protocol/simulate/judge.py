@@ -14,22 +14,37 @@ is a guest and its progress, so it is known for each frame whether a takeover wo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from kagemusha.protocol.simulate.guest import Gate, Guest
+from kagemusha.protocol.simulate.arbiter import Holder
+from kagemusha.protocol.simulate.guest import Guest
 
 
 class Violation(AssertionError):
     """An invariant was broken."""
 
 
+class Way(Protocol):
+    """A node's way to the network: its gate, or its line to the switch."""
+
+    guest: Guest | None
+
+    def reaches(self) -> bool:
+        """Whether the guest's frames may reach the network now, if it sends some."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A checkpoint: the guest's progress as its memory, and as its devices, say."""
+    """A checkpoint: the guest's progress as its memory, and as its devices, say.
+
+    ``session``: at the switch, in which its commit may be told there; 0: in none.
+    """
 
     guest: Guest
     epoch: int
     memory: int
     devices: int
+    session: int = 0
 
 
 class Judge:
@@ -37,7 +52,8 @@ class Judge:
 
     def __init__(self, *, relaxed: bool) -> None:
         self.relaxed = relaxed
-        self.gates: list[Gate] = []
+        self.gates: list[Way] = []
+        self.owner: tuple[int, Holder] | None = None
         self.heard: Guest | None = None
         self.held_whole: dict[int, int] = {}
         self.cap: dict[int, int] = {}
@@ -53,6 +69,8 @@ class Judge:
         self.frames_left += 1
         if self.relaxed:
             return
+        if self.owner is not None and self.owner[1] != (guest.node, guest.qemu):
+            raise Violation(f"I2: {guest} is heard, and {self.owner[1]} was told to have term {self.owner[0]}")
         if self.heard is not guest:
             if self.heard is not None and guest.number < self.heard.number:
                 raise Violation(f"I2: {guest} is heard after {self.heard}")
@@ -69,7 +87,7 @@ class Judge:
         """After every step: how many guests reach the network now?"""
         if self.relaxed:
             return
-        reaching: Gate | None = None
+        reaching: Way | None = None
         for gate in self.gates:
             if gate.reaches():
                 if reaching is not None:
@@ -87,9 +105,12 @@ class Judge:
         self.held_whole[number] = max(self.held_whole.get(number, 0), snapshot.memory)
 
     def activated(self, memory: Snapshot | None, committed: Snapshot | None, applying: int) -> None:
-        """A takeover: what is in QEMU's memory, and the last acknowledged checkpoint."""
+        """What is in QEMU's memory comes to life, and this is the last acknowledged checkpoint."""
         if memory is None or memory is not committed or applying:
             raise Violation(f"I3: {memory} comes to life, committed is {committed}")
+
+    def taken_over(self, memory: Snapshot) -> None:
+        """What came to life of this may be heard from now on."""
         self.takeovers += 1
         if self.relaxed:
             return
@@ -98,6 +119,11 @@ class Judge:
         if guest.left > memory.memory:
             raise Violation(f"I1: frame {guest.left} of {guest} has left, the takeover is from {memory.memory}")
         self.cap[guest.number] = min(self.cap.get(guest.number, memory.memory), memory.memory)
+
+    def given(self, term: int, holder: Holder) -> None:
+        """A switch says who has a term: from now on nobody else is heard."""
+        if self.owner is None or term >= self.owner[0]:
+            self.owner = term, holder
 
     # --- terms --------------------------------------------------------------------------------------------------
 

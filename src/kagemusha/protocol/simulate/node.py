@@ -21,6 +21,7 @@ from kagemusha.protocol.simulate.guest import Gate, Guest, Mode
 from kagemusha.protocol.simulate.judge import Violation
 from kagemusha.protocol.simulate.primary_role import PrimaryRole
 from kagemusha.protocol.simulate.standby_role import StandbyRole
+from kagemusha.protocol.simulate.uplink import Uplink
 from kagemusha.protocol.simulate.wire import Message
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class Node:
         self.worker = Process(f"worker {index}")
         self.ship = Process(f"ship {index}")
         self.qemu = Process(f"QEMU {index}")
-        self.gate = Gate(world.agenda, clock, world.judge)
+        self.gate: Gate | Uplink = Gate(world.agenda, clock, world.judge)
+        if world.switch is not None:
+            self.gate = Uplink(world, index, world.switch.ports)
         self.held = self.tried = self.agreed = 0
         self.own = False
         self.role: PrimaryRole | StandbyRole | None = None
@@ -103,6 +106,7 @@ class Node:
             self.boot()
         elif not self.up:
             self.up = True
+            self.gate.worker_back()
             self._take_primary(guest, FIRST_EPOCH, in_doubt=True)
 
     def die(self, *, host: bool, guest: bool) -> None:
@@ -116,9 +120,9 @@ class Node:
         if self.role is not None:
             self.role.cut_off(silently=host)
             self.role = None
-        if guest or host or self.gate.guest is None:
+        if guest or host or self.gate.guest is None or not self.gate.guest.adopted:
             self.guest_dies()
-        self.gate.close()  # the gate's process died too, and what it held
+        self.gate.worker_died()
 
     def guest_dies(self) -> None:
         """QEMU is gone."""
@@ -171,10 +175,10 @@ class Node:
         self.gate.reset()
         self.role = StandbyRole(self)
 
-    def _as_primary(self) -> None:
+    def _as_primary(self, booted_as: str | None = None) -> None:
         if not self.held:
             self.record(1, own=True)
-        guest = Guest(self.world.next_instance(), self.world.next_name())
+        guest = Guest(self.world.next_instance(), self.index, booted_as or self.world.next_name(), adopted=True)
         self.gate.reset()
         self.gate.guest = guest
         self.gate.mode = Mode.PASS
@@ -193,8 +197,10 @@ class Node:
         if state is s.State.ACTIVE:
             assert role.guest is not None
             self._take_primary(role.guest, Epoch(role.data.committed + 1))
-            return
-        self._end_process()
+        elif state is s.State.SPENT:
+            self._as_standby()
+        else:
+            self._end_process()
 
     def primary_ended(self, state: p.State) -> None:
         """Fenced or handed over: a standby from now on. Else the process ends, and a supervisor starts it again."""
@@ -218,7 +224,7 @@ class Node:
 
     def _ask(self) -> None:
         if self.role is None and not self._waits:
-            self.world.arbiter.ask(self.index, self.worker, lambda: self.world.arbiter.newest, self._told)
+            self.world.arbiter.ask(self.index, self.worker, self.world.arbiter.asked_newest, self._told)
             self.world.agenda.later(ASK_GAP_S, self.worker, self._ask)
 
     def _told(self, newest: tuple[int, Holder] | None) -> None:
@@ -259,11 +265,16 @@ class Node:
             return
         if got[1] == holder:
             self.record(got[0], own=True)
-            self._as_primary()
+            self._as_primary(booted_as=holder[1])
         elif got[1][0] == self.index:  # to a predecessor of ours, whose request was late
             self.start_again()
         else:
             self._as_standby()
+
+    def read_clock(self) -> int:
+        """For the lease."""
+        now = self.world.agenda.now
+        return self.clock.wall(now) if self.world.weakness.wall_clock else self.clock.read(now)
 
     # --- the guest ----------------------------------------------------------------------------------------------
 

@@ -6,24 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from kagemusha.model.ids import Epoch, Term
 from kagemusha.protocol import primary as p
-from kagemusha.protocol.lease import Renewals
 from kagemusha.protocol.simulate.arbiter import Claimant, Holder
-from kagemusha.protocol.simulate.guest import Guest, Mode
+from kagemusha.protocol.simulate.guest import Frame, Guest
 from kagemusha.protocol.simulate.judge import Snapshot
+from kagemusha.protocol.simulate.output import HostOutput, Output, SwitchOutput
 from kagemusha.protocol.simulate.role import Role
-from kagemusha.protocol.simulate.wire import BROKEN, End, Line, Message
+from kagemusha.protocol.simulate.ship import STALL_S, Ship
+from kagemusha.protocol.simulate.wire import Line, Message
 
 if TYPE_CHECKING:
     from kagemusha.protocol.simulate.node import Node
 
 State = p.State
 RECONNECT_S = 0.03
-WELCOME_S = 0.3
-SILENT_S = 0.6
-BEAT_S = 0.06
-STALL_S = 0.15
 GIVEN_AWAY = (State.FENCED, State.HANDED_OVER, State.GONE)
 EPOCH_S = 0.05
+PREPARE_S = 0.005
+TURN_S = 0.02
 
 
 class PrimaryRole(Role):
@@ -43,8 +42,7 @@ class PrimaryRole(Role):
         self.claimant = Claimant(
             self.world.arbiter, self.world.network, node.index, node.worker, guest.qemu, self.answered
         )
-        self._line: Line | None = None
-        self._session = False
+        self._ship = Ship(node, self._reported)
         self._peer = 0
         self._attempt = 0
         self._known = False
@@ -52,9 +50,10 @@ class PrimaryRole(Role):
         self._due = False
         self._sealed: dict[int, Snapshot] = {}
         self._pages = self._devices = 0
-        self._capture = 0
-        self._renewals = Renewals(self.world.promise)
-        self._heard_t = self._qemu_t = 0.0
+        self._capture = self._sealing = self._confirmed_in = 0
+        self._prepared = False
+        self._held_here: list[Frame] = []
+        self._qemu_t = 0.0
         self._perform = {
             p.StartSync: self._start_sync,
             p.HoldOutput: self._hold,
@@ -63,12 +62,12 @@ class PrimaryRole(Role):
             p.SaveDevices: self._save,
             p.CopyPages: self._copy,
             p.ResumeGuest: self._resume,
-            p.Ship: self._ship,
+            p.Ship: self._send,
             p.Release: self._release,
             p.PassOutput: self._pass,
             p.DropSession: self._drop,
             p.Reconnect: self._reconnect,
-            p.SendStandDown: lambda _: self._say(("stand down",)),
+            p.SendStandDown: lambda _: self._ship.say(("stand down",)),
             p.SendHandOver: self._hand_over,
             p.KillGuest: self._kill,
             p.CloseOutput: lambda _: self.node.gate.close(),
@@ -78,6 +77,12 @@ class PrimaryRole(Role):
             p.DropClaim: lambda _: self.claimant.drop(),
             p.NoteTerm: lambda effect: self._if_arbitrated(self.claimant.note, effect),
         }
+        self.output: Output
+        if node.world.switch is None:
+            self.output = HostOutput(node, self._on_sealed)
+        else:
+            told = (self._on_sealed, self._superseded_at_switch)
+            self.output = SwitchOutput(node, guest, first_epoch, *told, in_doubt=in_doubt)
         self._why = "start"
         self.unprotectable = False
         self._first = effects
@@ -104,15 +109,31 @@ class PrimaryRole(Role):
         if data.state in p.TERMINAL:
             self.over = True
             self.claimant.open = False
-            if self._line is not None:
-                self._hang_up()
+            self._ship.hang_up()
+            if data.state is State.ENDED:
+                self.output.end()
+            self.output.close()
             self.node.primary_ended(data.state)
             return
         self.world.judge.runs_in(data.term, self.node.index)
+        self._look_at_output()
         if data.state is State.RUNNING and not self._due:
             self._due = True
             delay = 0.0 if data.switchover else EPOCH_S * (0.3 + self.world.chance.random())
             self.world.agenda.later(delay, self.node.worker, self._end_epoch)
+
+    def _look_at_output(self) -> None:
+        """What was prepared in vain is taken back."""
+        if self._prepared and (self.data.holding or self.data.state is State.ALONE):
+            self._prepared = False
+            if not self.data.holding:
+                self.output.pass_all()
+
+    def _superseded_at_switch(self, newer: int) -> None:
+        """Looked at in each turn of the worker's loop."""
+        if not self.over:
+            self.tell(p.Superseded(Term(max(newer, self.data.term + 1))))
+            self.world.agenda.later(TURN_S, self.node.worker, self._superseded_at_switch, newer)
 
     def answered(self, term: int, won: bool, holder: Holder) -> None:
         """The arbiter has spoken."""
@@ -145,7 +166,7 @@ class PrimaryRole(Role):
     def _stopped(self, capture: int) -> None:
         if capture != self._capture:
             return
-        if self.world.chance.random() < 0.01:
+        if self.world.chance.random() < 0.04:
             self._soon(self.node.worker, self._answer, capture, p.StopRefused())
             return
         self.guest.running = False
@@ -158,19 +179,20 @@ class PrimaryRole(Role):
 
     def _hold(self, effect: p.HoldOutput) -> None:
         self.node.must(not self.guest.running, "the gate switches under a running guest")
-        self.node.gate.mode = Mode.HOLD
-        self.node.gate.lease(self._read_clock() + self.world.promise.lease_ns)
+        self.output.hold()
 
     def _seal(self, effect: p.SealOutput) -> None:
         self._soon(self.node.worker, self._sealed_all, self._capture, effect.epoch)
 
     def _sealed_all(self, capture: int, epoch: Epoch) -> None:
-        if self.over:
-            return
-        self.node.gate.seal(epoch)
-        self._answer(capture, p.OutputSealed(epoch))
-        if self.world.weakness.release_at_seal:
-            self.node.gate.release(epoch)
+        if not self.over:
+            self._sealing = capture
+            self.output.seal(epoch)
+
+    def _on_sealed(self, epoch: Epoch, session: int, held_here: list[Frame]) -> None:
+        """``session``: in which the standby may tell of its commit; ``held_here``: it may send after a takeover."""
+        self._confirmed_in, self._held_here = session, held_here
+        self._answer(self._sealing, p.OutputSealed(epoch))
 
     def _copy(self, effect: p.CopyPages) -> None:
         self._soon(self.node.worker, self._copied, self._capture, effect.epoch)
@@ -189,7 +211,7 @@ class PrimaryRole(Role):
 
     def _resume(self, effect: p.ResumeGuest) -> None:
         if self.data.state is State.RESUMING and self.data.session:
-            self._sealed[self.data.epoch] = Snapshot(self.guest, self.data.epoch, self._pages, self._devices)
+            self._sealed[self.data.epoch] = self._captured(self.data.epoch)
         self._order_qemu(self._resumed, self._capture)
 
     def _resumed(self, capture: int) -> None:
@@ -202,20 +224,21 @@ class PrimaryRole(Role):
         if self.data.state is State.RESUMING and not self.guest.running:
             self.tell(p.CaptureFailed("resume refused"))
 
-    def _ship(self, effect: p.Ship) -> None:
+    def _send(self, effect: p.Ship) -> None:
         snapshot = self._sealed.get(effect.epoch)
         if snapshot is None:
-            snapshot = Snapshot(self.guest, effect.epoch, self._pages, self._devices)
-            self._sealed[effect.epoch] = snapshot
-        self._say(("begin", snapshot))
-        self._say(("checkpoint", snapshot))
+            snapshot = self._sealed[effect.epoch] = self._captured(effect.epoch)
+        self._ship.send_checkpoint(snapshot, self._held_here)
+
+    def _captured(self, epoch: int) -> Snapshot:
+        return Snapshot(self.guest, epoch, self._pages, self._devices, self._confirmed_in)
 
     def _release(self, effect: p.Release) -> None:
-        self.node.gate.release(effect.epoch)
+        self.output.release(effect.epoch)
         self._sealed.pop(effect.epoch, None)
 
     def _pass(self, effect: p.PassOutput) -> None:
-        self.node.gate.pass_all()
+        self.output.pass_all()
         self._resume_left()
 
     def _resume_left(self) -> None:
@@ -228,20 +251,25 @@ class PrimaryRole(Role):
 
     def _hand_over(self, effect: p.SendHandOver) -> None:
         self.node.must(self.node.gate.guest is None, "a hand-over says that the guest is certainly dead")
-        self._say(("hand over",))
+        self._ship.say(("hand over",))
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
     def _start_sync(self, effect: p.StartSync) -> None:
-        if self.node.gate.mode is Mode.CLOSED:
-            self.node.gate.mode = Mode.HOLD
+        if self.data.holding:
+            self.output.go_on_holding()
         self._resume_left()
         delay = 0.01 + 0.05 * self.world.chance.random()
-        self.world.agenda.later(delay, self.node.worker, self._converged, self._line)
+        self.world.agenda.later(delay, self.node.worker, self._converged, self._ship.line)
 
     def _converged(self, line: Line) -> None:
-        if self._line is line and self.data.state is State.SYNCING:
+        if self._ship.line is not line or self.data.state is not State.SYNCING:
+            return
+        self._prepared = not self.data.holding
+        if self.output.prepare_to_hold():
             self.tell(p.Converged())
+        else:
+            self.world.agenda.later(PREPARE_S, self.node.worker, self._converged, line)
 
     def _reconnect(self, effect: p.Reconnect) -> None:
         """In doubt, only to the standby that the doubt is about: no other can end it."""
@@ -254,84 +282,25 @@ class PrimaryRole(Role):
 
     def _connect(self) -> None:
         self._connecting = False
-        if self.data.state not in p.DISCONNECTED or self._line is not None:
+        if self.data.state not in p.DISCONNECTED or self._ship.line is not None:
             return
+        held_for_nobody = self.data.state is State.ALONE and self.output.holds
+        self.node.must(not held_for_nobody, "a guest that nobody protects is held")
         self._attempt += 1
         self._known = True
         others = self.world.standbys_of(self.node)
         peer = others[self._peer % len(others)]
-        attempt = self._attempt
-        mine = End(self.node.index, self.node.ship, lambda message: self._receive(line, attempt, message))
-        line = Line(self.world.network, mine, End(peer.index, None, None))
-        self._line, self._session = line, False
-        self._renewals = Renewals(self.world.promise)
-        self._heard_t = self.world.agenda.now
-        hello = ("hello", line, self.data.term, self.data.tried, self.data.epoch, self.guest)
-        line.b.process = self.world.network.ether
-        line.b.receiver = peer.called
-        line.send(line.b, hello)
-        self.world.agenda.later(WELCOME_S, self.node.ship, self._watch, line, attempt)
-
-    def _read_clock(self) -> int:
-        clock, now = self.node.clock, self.world.agenda.now
-        return clock.wall(now) if self.world.weakness.wall_clock else clock.read(now)
+        self._ship.connect(peer, self._attempt, (self.data.term, self.data.tried, self.data.epoch, self.guest))
 
     def _record_term(self, effect: p.RecordTerm) -> None:
         state = self.data.state
         self.world.handed_over |= state in (State.HANDED_OVER, State.GONE)
-        self.node.record(effect.term, own=state not in GIVEN_AWAY)
+        own = state not in GIVEN_AWAY
+        self.node.record(effect.term, own=own)
+        if own:
+            self.output.set_term(effect.term)
 
-    def _say(self, message: Message) -> None:
-        if self._line is not None:
-            self._line.send(self._line.b, message)
-
-    def _receive(self, line: Line, attempt: int, message: Message) -> None:
-        """In the ship process: what came on the line, or its end."""
-        if self._line is not line:
-            return
-        self._heard_t = self.world.agenda.now
-        kind = message[0]
-        if kind == "echo":
-            self._echoed(message[1])
-            return
-        if kind == "welcome":
-            self._session = True
-            self._heartbeat(line)
-        elif kind in ("broken", "refused", "superseded"):
-            self._line = None
-            line.close(line.a)
-        self.world.agenda.later(0.0, self.node.worker, self._reported, line, attempt, message)
-
-    def _echoed(self, number: int) -> None:
-        until_ns = self._renewals.answered(number)
-        if self.world.weakness.renew_at_receipt:
-            until_ns = self._read_clock() + self.world.promise.lease_ns
-        if until_ns is not None:
-            self.node.gate.lease(until_ns)
-
-    def _heartbeat(self, line: Line) -> None:
-        """Numbered; none while the worker stands still."""
-        if self._line is not line or not line.whole:
-            return
-        now = self.world.agenda.now
-        if not self.node.worker.frozen or now - self.node.frozen_t < STALL_S:
-            line.send(line.b, ("beat", self._renewals.send(self._read_clock())))
-        self.world.agenda.later(BEAT_S, self.node.ship, self._heartbeat, line)
-
-    def _watch(self, line: Line, attempt: int) -> None:
-        """Silence of the standby ends a session, or an attempt."""
-        if self._line is not line:
-            return
-        limit = SILENT_S if self._session else WELCOME_S * 0.9
-        silent = self.world.agenda.now - self._heard_t
-        if silent < limit:
-            self.world.agenda.later(limit - silent + 0.001, self.node.ship, self._watch, line, attempt)
-            return
-        self._line = None
-        line.close(line.a)
-        self.world.agenda.later(0.0, self.node.worker, self._reported, line, attempt, BROKEN)
-
-    def _reported(self, line: Line, attempt: int, message: Message) -> None:
+    def _reported(self, attempt: int, message: Message) -> None:
         """In the worker: a report of the ship process."""
         if self.over:
             return
@@ -359,22 +328,11 @@ class PrimaryRole(Role):
     def _drop(self, effect: p.DropSession) -> None:
         self._attempt += 1
         self._sealed.clear()
-        if self._line is not None:
-            self._hang_up()
-
-    def _hang_up(self) -> None:
-        assert self._line is not None
-        line, self._line = self._line, None
-        line.close(line.a)
+        self._ship.hang_up()
 
     def cut_off(self, *, silently: bool) -> None:
         """The worker and its ship process are dead. ``silently``: with all of the host."""
         self.over = True
         self.claimant.open = False
-        line, self._line = self._line, None
-        if line is None:
-            return
-        if silently:
-            line.vanish(line.a)
-        else:
-            line.close(line.a)
+        self.output.close(silently=silently)
+        self._ship.hang_up(silently=silently)

@@ -6,13 +6,17 @@ from typing import Any
 
 from kagemusha.protocol import primary as p
 from kagemusha.protocol import standby as s
+from kagemusha.protocol import switch, switch_host
+from kagemusha.protocol.machine import Table
+from kagemusha.protocol.simulate.scenario import Form
 from kagemusha.protocol.simulate.world import Coverage, Outcome
 
 
 class Totals:
-    """Sums over runs, and how often each transition was taken."""
+    """Sums over runs of one form, and how often each transition was taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form = "host") -> None:
+        self.form = form
         self.runs = self.steps = self.frames = self.takeovers = self.stopped = 0
         self.coverage: Coverage = {}
 
@@ -27,8 +31,11 @@ class Totals:
 
     @property
     def untaken(self) -> list[str]:
-        """Transitions of both tables that no run has taken."""
-        rows = [("primary", *key) for key in p.TABLE] + [("standby", *key) for key in s.TABLE]
+        """Transitions of the form's tables that no run has taken."""
+        tables: dict[str, Table[Any, Any]] = {"primary": p.TABLE, "standby": s.TABLE}
+        if self.form == "switch":
+            tables |= {"switch": switch.TABLE, "host": switch_host.TABLE}
+        rows = [(who, *key) for who, table in tables.items() for key in table]
         return sorted(
             f"{who} {state.name} {event.__name__}" for who, state, event in rows if (state, event) not in self.coverage
         )
@@ -40,6 +47,7 @@ class Totals:
             for (state, event), count in self.coverage.items()
         }
         return {
+            "form": self.form,
             "runs": self.runs,
             "steps": self.steps,
             "frames": self.frames,

@@ -5,6 +5,8 @@ Between two effects the process may be killed, or frozen: then the rest comes wh
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from kagemusha.protocol.simulate.node import Node
 
 
-class Role:
+class Role(ABC):
     """A machine at work on a node."""
 
     def __init__(self, node: Node, data: Any, table: Table[Any, Any]) -> None:
@@ -27,6 +29,9 @@ class Role:
         self.over = False
         self._table = table
         self._perform: dict[type, Callable[[Any], None]] = {}
+        self._events: deque[Any] = deque()
+        self._rest: tuple[Any, ...] | None = None
+        self._goes_on: Callable[[], None] | None = None
 
     def tell(self, event: Any) -> None:
         """Give the machine an event.
@@ -34,6 +39,9 @@ class Role:
         :raise Violation: it has no place for it: the worker would die of it.
         """
         if self.over:
+            return
+        if self._goes_on is not None:
+            self._events.append(event)
             return
         before = self.data
         key = (before.state, type(event))
@@ -67,17 +75,41 @@ class Role:
             if worker.frozen:
                 worker.backlog.insert(0, (self.perform, (tuple(rest),)))
                 return
+            if self._goes_on is not None:
+                self._rest = tuple(rest)
+                return
             effect = rest.pop(0)
             self._perform[type(effect)](effect)
-        if not self.over:
+        if self._goes_on is not None:
+            self._rest = ()
+        elif not self.over:
             self.settled()
 
+    # --- to wait in the middle of an effect ---
+
+    def wait(self, goes_on: Callable[[], None]) -> None:
+        """The worker waits for something: what else happens is taken afterwards, and ``goes_on`` ends the effect."""
+        self._goes_on = goes_on
+
+    def end_wait(self, *events: Any) -> None:
+        """It is there, or will not come. ``events``: what it has come to."""
+        goes_on, self._goes_on = self._goes_on, None
+        if goes_on is None or self.over:
+            return
+        goes_on()
+        rest, self._rest = self._rest or (), None
+        self._events.extendleft(reversed(events))
+        self.perform(rest)
+        while self._events and self._goes_on is None and not self.over:
+            self.tell_if_it_fits(self._events.popleft())
+
+    @abstractmethod
     def settled(self) -> None:
         """All effects of an event are performed: what does the new state want?"""
 
+    @abstractmethod
     def answered(self, term: int, won: bool, holder: Holder) -> None:
         """The arbiter's answer."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"node {self.node.index} {self.data.state.name} term {self.data.term}/{self.data.tried}"

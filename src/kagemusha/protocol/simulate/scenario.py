@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from kagemusha.protocol.simulate.chance import Chance
 
+Form = Literal["host", "switch"]
+"""Where frames are held."""
+FORMS: tuple[Form, ...] = ("host", "switch")
 SHRINK_SEEDS = 4
 CALM_START = 150
 """Steps until the first standby has its first checkpoint, more or less."""
@@ -29,7 +32,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """``seed``: of delays and small chances. ``policy``: on a lost standby; "claim" has an arbiter."""
+    """``seed``: of delays and small chances. ``policy``: on a lost standby; "claim" has an arbiter, "switch" has one
+    that holds the frames, too.
+    """
 
     seed: int
     nodes: int = 2
@@ -85,6 +90,7 @@ KINDS: dict[str, int] = {
     "guest powers off": 2,
     "guest freezes": 3,
     "capture fails": 5,
+    "ship dies": 3,
     "resume fails": 4,
     "standby fails": 3,
     "stop": 8,
@@ -95,7 +101,23 @@ KINDS: dict[str, int] = {
 }
 
 
-NAMES = [name for name, weight in KINDS.items() for _ in range(weight)]
+SWITCH_KINDS: dict[str, int] = {
+    "switch dies": 8,
+    "switch dies amid effects": 8,
+    "switch freezes": 14,
+    "gate of switch dies": 4,
+    "disk of switch full": 6,
+    "break control": 20,
+    "cut control": 16,
+}
+"""Of the switch form, besides."""
+
+
+def _names(kinds: dict[str, int]) -> list[str]:
+    return [name for name, weight in kinds.items() for _ in range(weight)]
+
+
+NAMES = {"host": _names(KINDS), "switch": _names(KINDS | SWITCH_KINDS)}
 ANY = "any"
 Trouble = tuple[tuple[str, int, int, int], ...]
 CLAIMS: tuple[Trouble, ...] = (
@@ -104,7 +126,12 @@ CLAIMS: tuple[Trouble, ...] = (
     (("arbiter slow", 0, 0, 5), ("break line", 0, 10, 90), ("cut one way", 0, 0, 60), ("break line", 0, 0, 9)),
     (("cut one way", 0, 0, 9), ("cut one way", 1, 15, 50), ("heal one way", 0, 0, 9)),
 )
-TROUBLES: tuple[Trouble, ...] = (
+LATE_ANSWERS: tuple[Trouble, ...] = (
+    (("cut one way", 1, 15, 50), ("cut one way", 0, 50, 50), ("heal one way", 1, 0, 60)),
+    (("cut one way", 1, 15, 50), ("freeze all processes", 0, 20, 40), ("heal one way", 1, 0, 9), ("thaw", 0, 0, 30)),
+)
+"""A standby's answers wait on the way, or its primary does not hear them, for about as long as a lease lasts."""
+HOST_TROUBLES: tuple[Trouble, ...] = (
     *CLAIMS,
     *CLAIMS,
     (("wall clock jumps", 0, 0, 30), ("freeze all processes", 0, 20, 99), ("thaw", 0, 0, 9)),
@@ -132,28 +159,59 @@ TROUBLES: tuple[Trouble, ...] = (
     (("stop", 0, 0, 6), (ANY, 0, 0, 4), (ANY, 1, 0, 4)),
     (("host dies", 0, 4, 25), (ANY, 1, 0, 4), (ANY, 1, 0, 4)),
     (("capture fails", 0, 0, 4), (ANY, 0, 0, 4)),
+    (("ship dies", 0, 0, 4), (ANY, 1, 0, 4)),
     (("stop", 0, 0, 3), ("freeze worker", 0, 25, 60), ("thaw", 0, 0, 9)),
+    *LATE_ANSWERS * 5,
 )
+FORMER_OWNERS: tuple[Trouble, ...] = (
+    (
+        ("break control", 0, 0, 4),
+        ("cut control", 0, 0, 4),
+        ("cut", 0, 120, 80),
+        ("arbiter slow", 0, 0, 4),
+        ("heal arbiter", 0, 60, 60),
+    ),
+    (("freeze worker", 0, 150, 150), ("stop", 1, 0, 60), ("thaw", 0, 0, 9)),
+    (("stop", 1, 50, 60), ("cut control", 0, 60, 60), ("host dies", 0, 0, 9)),
+)
+"""A host that the switch does not hear, or that does not hear it, while the VM changes hands or gets a standby."""
+SWITCH_TROUBLES: tuple[Trouble, ...] = (
+    *FORMER_OWNERS * 6,
+    (("switch freezes", 0, 0, 60), ("switch freezes", 0, 0, 60)),
+    (("break control", 0, 0, 30), ("switch freezes", 0, 0, 9), ("break control", 0, 0, 30)),
+    (("cut control", 0, 0, 9), ("break line", 0, 0, 60), ("heal arbiter", 0, 0, 30)),
+    (("freeze worker", 0, 150, 200), ("break control", 0, 0, 9), ("thaw", 0, 0, 30)),
+    (("freeze worker", 0, 60, 200), ("switch dies", 0, 0, 60), ("thaw", 0, 0, 30)),
+    (("host dies", 0, 0, 20), ("switch dies amid effects", 0, 0, 20)),
+    (("host dies", 0, 0, 20), ("break control", 1, 0, 20), ("switch freezes", 1, 0, 20)),
+    (("disk of switch full", 0, 0, 9), ("break line", 0, 20, 60), ("disk of switch full", 0, 0, 30)),
+    (("switchover", 0, 2, 14), ("switch dies amid effects", 0, 0, 20)),
+    (("capture fails", 0, 0, 9), ("switch freezes", 0, 0, 9), ("capture fails", 1, 0, 9)),
+    (("cut control", 0, 0, 20), ("stop", 1, 150, 90), ("host dies", 0, 0, 9)),
+)
+TROUBLED = {"host": 0.3, "switch": 0.4}
+TROUBLES = {"host": HOST_TROUBLES, "switch": HOST_TROUBLES + SWITCH_TROUBLES * 2}
 """Faults that belong together: what, at this node or the next, and the least and the further steps until the next."""
 
 
-def draw(chance: Chance) -> Scenario:
+def draw(chance: Chance, form: Form = "host") -> Scenario:
     """A scenario by chance: mostly few faults, often close together, some of them in a known order."""
+    names, troubles = NAMES[form], TROUBLES[form]
     nodes = 3 if chance.random() < 0.4 else 2
-    policy = "claim"
-    if nodes == 2 and chance.random() < 0.1:
+    policy = "claim" if form == "host" else "switch"
+    if form == "host" and nodes == 2 and chance.random() < 0.1:
         policy = "hold" if chance.random() < 0.8 else "alone"
     count = 1 + chance.randrange(4) if chance.random() < 0.5 else 2 + chance.randrange(14)
     at = chance.randrange(CALM_START * 3)
     faults: list[Fault] = []
     while len(faults) < count:
-        if chance.random() < 0.3:
-            trouble = chance.choice(TROUBLES)
+        if chance.random() < TROUBLED[form]:
+            trouble = chance.choice(troubles)
         else:
-            trouble = ((chance.choice(NAMES), 0, 0, 8 if chance.random() < 0.35 else 160),)
+            trouble = ((chance.choice(names), 0, 0, 8 if chance.random() < 0.35 else 160),)
         node = chance.randrange(nodes)
         for kind, who, least, spread in trouble:
-            name = chance.choice(NAMES) if kind == ANY else kind
+            name = chance.choice(names) if kind == ANY else kind
             faults.append(Fault(at, name, (node + who) % nodes, chance.randrange(1000)))
             at += least + chance.randrange(spread)
     return Scenario(chance.randrange(1 << 32), nodes, policy, tuple(faults), at + 100)

@@ -12,19 +12,28 @@ from typing import Any
 
 from kagemusha.protocol import primary as p
 from kagemusha.protocol import standby as s
+from kagemusha.protocol import switch, switch_host
+from kagemusha.protocol.simulate.scenario import Form
 
 
 @dataclass(frozen=True)
 class Weakness:
-    """What is wrong with a world; by default nothing."""
+    """What is wrong with a world of this form; by default nothing."""
 
     primary_table: Mapping[Any, Any] = field(default_factory=lambda: p.TABLE)
     standby_table: Mapping[Any, Any] = field(default_factory=lambda: s.TABLE)
     ack_early: bool = False
     release_at_seal: bool = False
+    send_uncommitted: bool = False
     no_wait: bool = False
     renew_at_receipt: bool = False
     wall_clock: bool = False
+    switch_table: Mapping[Any, Any] = field(default_factory=lambda: switch.TABLE)
+    host_table: Mapping[Any, Any] = field(default_factory=lambda: switch_host.TABLE)
+    keeps_held: bool = False
+    releases_open: bool = False
+    holds_unasked: bool = False
+    form: Form = "host"
 
 
 def _claims_are_won(data: p.Data, event: p.ClaimLost) -> p.Result:
@@ -75,6 +84,7 @@ ACCEPT = Weakness(
 WEAKNESSES: dict[str, Weakness] = {
     "ack-before-complete": Weakness(ack_early=True),
     "release-at-seal": Weakness(release_at_seal=True),
+    "send-uncommitted": Weakness(send_uncommitted=True),
     "takeover-without-waiting": Weakness(no_wait=True),
     "ignore-term": IGNORE_TERM,
     "renew-at-receipt": Weakness(renew_at_receipt=True),

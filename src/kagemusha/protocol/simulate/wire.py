@@ -1,7 +1,16 @@
 """The network between the nodes: paths that can be cut one way or both, and lines on them that behave like TCP.
 
-What arrives on a line does so in order; while the path is cut it waits. A line that breaks loses a tail of what is
-under way, and each end learns of it in its own time, or never.
+A line is one TCP connection. What arrives on it does so once and in order; while the path is cut it waits. A line that
+breaks loses a tail of what is under way, and each end learns of it in its own time, or never. TCP rules out more than
+that: nothing of a line is heard twice, or before what was said earlier on it, or on another line; so none of this is
+here.
+
+Between lines nothing is ordered. One that was given up delivers what was under way behind the first words of its
+successor, its end included: a caller whose first word was late is heard after the one that called later (``slow``),
+and has gone when it is answered. Two nodes have one line, for checkpoints, heartbeats and their answers, and one after
+the other; copies of frames to the guest have a connection of their own, and no say in anything that is judged here. A
+host has several lines to its switch: its worker's, and its standby's until it has become a worker, for commits. Claims
+are asked for apart from all of them, and may be lost, doubled, or applied long after they were given up (``arbiter``).
 """
 
 from __future__ import annotations
@@ -105,6 +114,10 @@ class Line:
                 if to.open and self._network.agenda.now <= to.lasts_until:
                     self._hand(to, message)
             to.parked.clear()
+
+    def slow(self, to: End, delay_s: float) -> None:
+        """Whoever is at this end takes his time to look at it: nothing is heard there before."""
+        to.latest = max(to.latest, self._network.agenda.now + delay_s)
 
     def close(self, mine: End) -> None:
         """One end hangs up: the other hears of it after all that is under way."""

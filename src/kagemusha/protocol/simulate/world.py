@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kagemusha.model.lease import LeasePromise
+from kagemusha.model.lease import PRIMARY_PATIENCE, STANDBY_PATIENCE, LeasePromise
+from kagemusha.protocol import primary as p
 from kagemusha.protocol.simulate import faults
 from kagemusha.protocol.simulate.agenda import Agenda
 from kagemusha.protocol.simulate.arbiter import Arbiter
 from kagemusha.protocol.simulate.clock import Clock
-from kagemusha.protocol.simulate.guest import Guest
+from kagemusha.protocol.simulate.guest import Gate, Guest
 from kagemusha.protocol.simulate.judge import Judge, Violation
 from kagemusha.protocol.simulate.node import RESTART_S, Node
 from kagemusha.protocol.simulate.primary_role import PrimaryRole
 from kagemusha.protocol.simulate.scenario import Scenario
 from kagemusha.protocol.simulate.standby_role import StandbyRole
+from kagemusha.protocol.simulate.switch_agent import SwitchAgent
 from kagemusha.protocol.simulate.weaken import SOUND, Weakness
 from kagemusha.protocol.simulate.wire import Network
 
@@ -54,23 +56,28 @@ class World:
         self.chance = chance
         self.weakness = weakness
         self.coverage: Coverage = {} if coverage is None else coverage
-        self.policy: Any = scenario.policy
-        self.arbitrated = scenario.policy == "claim"
+        self.arbitrated = scenario.policy in ("claim", "switch")
+        self.policy: Any = "claim" if self.arbitrated else scenario.policy
         self.promise = LeasePromise(LEASE_MS, DRIFT_PERMILLE)
         self.drift = DRIFT_PERMILLE / 1000
         self.wait_ns = self.promise.wait_ns // (5 if weakness.no_wait else 1)
+        # How soon a silent primary is taken for dead must not matter to anything but who serves.
+        self.patience_ns = int(self.wait_ns * chance.choice((STANDBY_PATIENCE, 0.2, 1.0)))
+        self.silence_s = chance.choice((0.6, 0.6, LEASE_MS / 1000 * PRIMARY_PATIENCE))
         self.agenda = Agenda()
         self.judge = Judge(relaxed=scenario.policy == "alone")
         self.network = Network(self.agenda, chance)
-        self.arbiter = Arbiter(self.network)
+        self.switch = SwitchAgent(self) if scenario.policy == "switch" else None
+        self.arbiter = self.switch or Arbiter(self.network)
         self.handed_over = False
-        self.instances = self._names = 0
+        self.instances = self._names = self._sessions = 0
         self.nodes = [
             Node(self, index, Clock(1 + self.drift * (2 * chance.random() - 1), 1000 * chance.random()))
             for index in range(scenario.nodes)
         ]
         for node in self.nodes:
-            node.gate.wall_lease = weakness.wall_clock
+            if isinstance(node.gate, Gate):
+                node.gate.wall_lease = weakness.wall_clock
             self.agenda.later(0.001 * node.index, self.network.ether, node.boot)
 
     # --- what the parts ask -------------------------------------------------------------------------------------
@@ -84,6 +91,11 @@ class World:
         """For a QEMU that starts now."""
         self._names += 1
         return f"QEMU {self._names}"
+
+    def next_session(self) -> int:
+        """A number for a registration at the switch; chosen at random, in truth."""
+        self._sessions += 1
+        return self._sessions
 
     def standbys_of(self, node: Node) -> list[Node]:
         """Where a primary looks for standbys."""
@@ -147,6 +159,8 @@ class World:
         """Everything is repaired, and nothing more goes wrong."""
         self.heal()
         self.arbiter.slow_s = 0.0
+        if self.switch is not None:
+            self.switch.repair()
         for node in self.nodes:
             node.dies_after = node.freezes_after = -1
             node.thaw()
@@ -170,6 +184,8 @@ class World:
         """What is not as it should be in the end."""
         for node in self.nodes:
             guest = node.gate.guest
+            if self.switch is not None and self._held_for_nobody(node):
+                return f"I4: {guest} is held, and nobody protects it"
             if guest is not None and not guest.running and not self._left_silent(node):
                 return f"I4: {guest} stands on {node}"
         protected = any(role.data.covered or role.unprotectable for role in self.primaries)
@@ -177,6 +193,11 @@ class World:
         if self._serving() == 1 and (protected or alone):
             return ""
         return f"I4: {self._serving()} guests are heard; " + ", ".join(str(node.role) for node in self.nodes)
+
+    def _held_for_nobody(self, node: Node) -> bool:
+        role = node.role
+        alone = isinstance(role, PrimaryRole) and role.data.state is p.State.ALONE
+        return alone and self.switch is not None and not self.switch.ports.passes
 
     def _left_silent(self, node: Node) -> bool:
         """Without an arbiter a worker that was killed leaves its guest to the standby, as it was, and nobody else may

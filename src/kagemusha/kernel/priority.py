@@ -1,0 +1,115 @@
+"""Who runs first on a busy host.
+
+Facts about Linux that shape this (sched(7)):
+
+* Nice values weigh tasks against others of the same group only. Each session has a group of its own
+  (CONFIG_SCHED_AUTOGROUP), and each systemd service a cgroup, so they say little about other VMs. Beside two busy
+  guests on two processors a process in a session of its own, woken every 5 ms, once waited for 11.8 s, nice -10 or
+  not; under SCHED_RR for 8.4 ms at most (kernel 6.18.44; docs/adr/0008-real-time.md).
+* A thread that waits for Python's global lock waits for whoever has it, so a process's threads have one urgency.
+* Threads and processes are born with the urgency of who makes them: what is none of ours, QEMU above all, is made
+  ordinary at once.
+* The kernel leaves ordinary processes 5 % of each processor (sched_rt_runtime_us; since 6.12 a server of its own). They
+  include the guests, so what computes for long, as a synchronisation does, must not be urgent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from enum import IntEnum
+
+NICE = -10
+
+
+class Urgency(IntEnum):
+    """Real-time priorities, the lowest there are: an administrator's own stay ahead."""
+
+    SHIP = 1
+    """Has heartbeats to send, and pages to compress."""
+    DECIDE = 2
+    """A guest's pause, or the other side's patience, waits for it."""
+    HOLD = 3
+    """A pause waits for its answer."""
+
+
+def hurry(urgency: Urgency) -> None:
+    """Run all threads of this process ahead of ordinary ones.
+
+    Where real time is not to be had (a cgroup without a share in it) they get a better nice value, and without
+    CAP_SYS_NICE they stay as they are.
+    """
+    for thread in _threads("self"):
+        if not _schedule(thread, os.SCHED_RR, urgency):
+            _set_nice(thread, NICE)
+
+
+def calm(nice: int = 0) -> None:
+    """Run all threads of this process as ordinary ones."""
+    for thread in _threads("self"):
+        _schedule(thread, os.SCHED_OTHER, 0)
+        _set_nice(thread, nice)
+
+
+class Pace:
+    """This process, when it is urgent at times; at others it is an ordinary one, though the first of its group."""
+
+    def __init__(self, urgency: Urgency) -> None:
+        self._urgency = urgency
+        self._urgent = False
+        calm(NICE)
+
+    def set(self, *, urgent: bool) -> None:
+        """Whether it is urgent from now on."""
+        if urgent != self._urgent:
+            self._urgent = urgent
+            if urgent:
+                hurry(self._urgency)
+            else:
+                calm(NICE)
+
+
+def prefer(pid: int) -> Callable[[], None]:
+    """Run all threads that a QEMU has now ahead of ordinary ones for a while; what is returned puts them back.
+
+    Only the main thread, which waits most of the time, gets real time: a guest can keep its processors busy for ever.
+    """
+    before: dict[int, tuple[int, int, int]] = {}
+    for thread in _threads(str(pid)):
+        with suppress(OSError):  # it ends meanwhile
+            policy, priority = os.sched_getscheduler(thread), os.sched_getparam(thread).sched_priority
+            nice = os.getpriority(os.PRIO_PROCESS, thread)
+            before[thread] = policy, priority, nice
+            _set_nice(thread, min(nice, NICE))
+            if thread == pid and policy == os.SCHED_OTHER:
+                _schedule(thread, os.SCHED_RR, Urgency.SHIP)
+
+    def put_back() -> None:
+        for thread in _threads(str(pid)):
+            # What it has started meanwhile was born urgent.
+            policy, priority, nice = before.get(thread, (os.SCHED_OTHER, 0, before.get(pid, (0, 0, 0))[2]))
+            _schedule(thread, policy, priority)
+            _set_nice(thread, nice)
+
+    return put_back
+
+
+def _threads(process: str) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{process}/task")]
+    except OSError:  # it has ended
+        return []
+
+
+def _schedule(thread: int, policy: int, priority: int) -> bool:
+    try:
+        os.sched_setscheduler(thread, policy, os.sched_param(priority))
+    except OSError:
+        return False
+    return True
+
+
+def _set_nice(thread: int, nice: int) -> None:
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -1,0 +1,102 @@
+"""Urgency as the kernel sees it: policies and nice values of real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from kagemusha.kernel.priority import NICE, Urgency, prefer
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: real-time priorities"),
+]
+ORDINARY = [os.SCHED_OTHER, 0, 0]
+
+# Prints policy, priority and nice value of both its threads, of one that is started later, and of a child that is
+# calmed; and those of its threads when it is calm again.
+HURRIED = """
+import json, os, subprocess, sys, threading
+from kagemusha.kernel.priority import Urgency, calm, hurry
+def seen(thread):
+    priority = os.sched_getparam(thread).sched_priority
+    return [os.sched_getscheduler(thread), priority, os.getpriority(os.PRIO_PROCESS, thread)]
+def started():
+    there, rest = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (there.set(), rest.wait()))
+    thread.start()
+    there.wait()
+    return thread, rest
+before, rest = started()
+hurry(Urgency[sys.argv[1]])
+after, last = started()
+child = subprocess.Popen(["sleep", "60"], preexec_fn=calm)
+print(json.dumps([seen(0), seen(before.native_id), seen(after.native_id), seen(child.pid)]))
+calm()
+print(json.dumps([seen(0), seen(before.native_id), seen(after.native_id)]))
+child.kill()
+rest.set()
+last.set()
+"""
+
+
+def hurried(urgency: Urgency, prefix: Sequence[str] = ()) -> list[list[list[int]]]:
+    command = [*prefix, sys.executable, "-c", HURRIED, urgency.name]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+@pytest.mark.parametrize("urgency", Urgency)
+def test_all_threads_of_a_process_run_ahead_until_it_is_calm_again(urgency: Urgency) -> None:
+    ahead = [os.SCHED_RR, int(urgency), 0]
+    assert hurried(urgency) == [[ahead, ahead, ahead, ORDINARY], [ORDINARY] * 3]
+
+
+def test_without_the_right_to_it_all_stays_as_it_is() -> None:
+    assert hurried(Urgency.HOLD, ("setpriv", "--bounding-set", "-sys_nice")) == [[ORDINARY] * 4, [ORDINARY] * 3]
+
+
+# Starts a thread when it is told to, and tells its number.
+GROWING = """
+import sys, threading
+sys.stdin.readline()
+thread = threading.Thread(target=sys.stdin.read)
+thread.start()
+print(thread.native_id, flush=True)
+"""
+
+
+def test_what_a_preferred_process_starts_is_put_back_too() -> None:
+    command = [sys.executable, "-c", GROWING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        put_back = prefer(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        thread = int(process.stdout.readline())
+        assert os.sched_getscheduler(thread) == os.SCHED_RR
+        put_back()
+        assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+        assert os.getpriority(os.PRIO_PROCESS, thread) == os.getpriority(os.PRIO_PROCESS, 0)
+        process.stdin.close()
+
+
+def test_a_process_is_preferred_for_a_while() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        put_back = prefer(child.pid)
+        assert os.sched_getscheduler(child.pid) == os.SCHED_RR
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == NICE
+        put_back()
+        assert os.sched_getscheduler(child.pid) == os.SCHED_OTHER
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+    finally:
+        child.kill()
+        child.wait()
+    prefer(child.pid)()
