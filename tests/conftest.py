@@ -10,9 +10,14 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ALLOWED_REASON = "host lacks:"
 _unexpected_skips: list[str] = []
+
+# A machine that stands still for a moment is no fault of what is tested.
+settings.register_profile("kagemusha", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kagemusha")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a shell without job control; commands under test would inherit it and not end.

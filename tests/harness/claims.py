@@ -14,7 +14,7 @@ from kagemusha.failover.claimant import Claimant, Lost, Unanswered, Won
 from kagemusha.model.config import Address, ArbiterTable, SwitchTable, TlsTable
 
 VM = "vm1"
-PATIENT_MS = 2000  # a busy machine is not an outage
+PATIENT_MS = 4000  # a busy machine is not an outage
 AnswerT = TypeVar("AnswerT", Won, Lost, Unanswered)
 
 

@@ -131,12 +131,19 @@ class Command:
 
     def part(self, part: Part) -> Process:
         """One of its processes, by the name that it gives itself."""
-        *children, worker = descendants(self.process.pid)
-        if part == "worker":
-            return worker
-        found = [entry for entry in children if (entry.is_qemu if part == "qemu" else entry.name == f"kage-{part}")]
-        assert len(found) == 1, f"{part}: {found} of {children}"
+        found: list[Process] = []
+
+        def named() -> bool:  # a moment after it was forked
+            found[:] = [each for each in descendants(self.process.pid) if self._is(each, part)]
+            return len(found) == 1
+
+        wait(named, f"there is a process {part}")
         return found[0]
+
+    def _is(self, process: Process, part: Part) -> bool:
+        if part == "worker":
+            return process.pid == self.process.pid
+        return process.is_qemu if part == "qemu" else process.name == f"kage-{part}"
 
     def strike(self, number: signal.Signals, *parts: Part) -> None:
         """Signal some of its processes, all in one go."""

@@ -24,6 +24,7 @@ SOL_PACKET, PACKET_VNET_HDR = 263, 15
 PLAIN = bytes(10)
 GUEST_MAC = bytes.fromhex("525400aa0001")
 ROLE = "primary"
+LONG_QUEUE = 500_000  # frames that wait for a gate process which a busy machine keeps waiting
 WAIT_S = 30.0  # for an answer that comes at once unless the machine is overloaded
 _serial = itertools.count()
 

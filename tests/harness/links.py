@@ -18,7 +18,7 @@ from kagemusha.errors import PeerError, TransientError
 from kagemusha.model.config import Address, TlsTable
 from kagemusha.model.ids import FIRST_EPOCH, Epoch
 from kagemusha.transport import tls
-from kagemusha.transport.link import Inbox, Link, accept, connect, listen
+from kagemusha.transport.link import Inbox, Link, accept, connect
 from kagemusha.wire.frame import Frame, FrameHeader, FrameType, make_frame
 
 HOST = "127.0.0.1"
@@ -50,10 +50,9 @@ def make_certificates(folder: Path, *, host: str = HOST) -> Certificates:
 
 def listener_on_free_port() -> tuple[socket.socket, Address]:
     """A listening socket and where it listens."""
-    with socket.create_server((HOST, 0)) as probe:
-        port = probe.getsockname()[1]
-    address = Address(host=HOST, port=port)
-    return listen(address), address
+    listener = socket.create_server((HOST, 0))
+    listener.setblocking(False)
+    return listener, Address(host=HOST, port=listener.getsockname()[1])
 
 
 def ignore(_header: FrameHeader, _payload: memoryview) -> None:

@@ -17,6 +17,7 @@ from kagemusha.demo.sides import kage_program
 from kagemusha.demo.topology import ARBITER, inside, management_host
 from kagemusha.model.events import TakenOver
 
+LEASE_MS = 4000  # a machine that stands still for a moment is not a dead one
 HOSTS: tuple[Host, ...] = ("a", "b", "c")
 ENDPOINT = f"http://{management_host(ARBITER)}:2379"
 PEER = f"http://{management_host(ARBITER)}:2380"
@@ -32,7 +33,7 @@ class Cluster:
     writer: Writer | None = None
 
     def start(self, host: Host) -> Command:
-        self.nodes[host] = self.hosts.node(host, self._who_decides())
+        self.nodes[host] = self.hosts.node(host, {"lease.duration_ms": LEASE_MS, **self._who_decides()})
         return self.nodes[host]
 
     def _who_decides(self) -> dict[str, object]:

@@ -44,7 +44,7 @@ action = "transmit"
 # A caller that hangs up when it is told to by an INFO with its Call-ID.
 _CALLER = """<?xml version="1.0" encoding="ISO-8859-1" ?>
 <scenario name="caller">
-<send retrans="500"><![CDATA[
+<send><![CDATA[
 INVITE sip:service@[remote_ip]:[remote_port] SIP/2.0
 Via: SIP/2.0/[transport] [local_ip]:[local_port];branch=[branch]
 From: <sip:caller@[local_ip]:[local_port]>;tag=[call_number]
@@ -78,7 +78,7 @@ Content-Length: 0
 
 ]]></send>
 <recv request="INFO"></recv>
-<send retrans="500"><![CDATA[
+<send><![CDATA[
 BYE sip:service@[remote_ip]:[remote_port] SIP/2.0
 Via: SIP/2.0/[transport] [local_ip]:[local_port];branch=[branch]
 From: <sip:caller@[local_ip]:[local_port]>;tag=[call_number]
@@ -133,10 +133,7 @@ class Guest:
 
 
 class Protected:
-    """A VM under protection without a VM: gate, rules service, flow monitor, and epochs that commit at will.
-
-    :ivar commits: cleared, no checkpoint is committed.
-    """
+    """A VM under protection without a VM: gate, rules service, flow monitor, and epochs that commit at will."""
 
     def __init__(self, made: Lab, folder: Path, flows: dict[str, Any], stack: ExitStack) -> None:
         self._folder, self._stack, self.lab = folder, stack, made
@@ -161,14 +158,12 @@ class Protected:
         self.flows = FlowsProcess(self.config, self.network)
         stack.callback(self.flows.close)
         self.flows.tend(0.0)
-        self.commits = threading.Event()
-        self.commits.set()
+        self._committing = threading.Lock()
         self._ended = threading.Event()
         for task in (self._take_rules, self._commit):
             thread = threading.Thread(target=task, daemon=True)
             thread.start()
             stack.callback(thread.join)
-        stack.callback(self.commits.set)
         stack.callback(self._ended.set)
 
     def _take_rules(self) -> None:
@@ -180,11 +175,17 @@ class Protected:
         gate, epoch = self.lab.gate, 0
         assert gate is not None
         while not self._ended.wait(EPOCH_S):
-            self.commits.wait()
-            epoch += 1
-            gate.seal(Epoch(epoch))
-            gate.wait_sealed(Epoch(epoch), WAIT_S)
-            gate.release(Epoch(epoch))
+            with self._committing:
+                epoch += 1
+                gate.seal(Epoch(epoch))
+                gate.wait_sealed(Epoch(epoch), WAIT_S)
+                gate.release(Epoch(epoch))
+
+    @contextmanager
+    def no_commit(self) -> Iterator[None]:
+        """Meanwhile no checkpoint is committed."""
+        with self._committing:
+            yield
 
     def in_force(self) -> RulesInForce:
         link = RulesLink(socket_path(self.config.runtime_dir, self.config.vm.name))

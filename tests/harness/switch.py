@@ -11,11 +11,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import pytest
 from tests.harness.conditions import wait_until
-from tests.harness.gate import ETHERTYPE, PLAIN, ip, unique
+from tests.harness.gate import ETHERTYPE, PLAIN, WAIT_S, ip, unique
 
 from kagemusha.gate import devices
 from kagemusha.gate.namespace import GateMode
+from kagemusha.gate.switched import vm
 from kagemusha.gate.switched.plane import SwitchPlane
 from kagemusha.gate.switched.vm import VmPort
 from kagemusha.kernel import netns
@@ -119,7 +121,8 @@ def switch() -> Iterator[Switch]:
     try:
         with netns.entered(fd):
             devices.silence_ipv6("all")
-            with ExitStack() as stack:
+            with ExitStack() as stack, pytest.MonkeyPatch.context() as patience:
+                patience.setattr(vm, "ANSWER_S", WAIT_S)  # a gate process that the machine keeps waiting is not frozen
                 here = Switch(stack)
                 try:
                     yield here

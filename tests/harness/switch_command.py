@@ -90,9 +90,7 @@ class SwitchCommand:
 
     def gate_pids(self) -> list[int]:
         """Its gate processes, one for each VM."""
-        main = Path(f"/proc/{self.process.pid}")
-        children = (main / "task" / main.name / "children").read_text().split()
-        return [int(pid) for pid in children if (main.parent / pid / "comm").read_text() == "kage-gate\n"]
+        return [each.pid for each in descendants(self.process.pid) if each.name == "kage-gate"]
 
     def waits_for_a_gate(self) -> bool:
         """It is in a call that ends with an answer of a gate process, not in its loop."""

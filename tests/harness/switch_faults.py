@@ -54,19 +54,19 @@ class FaultySwitch:
         part, number = self._chance.choice(PARTS), self._chance.choice((signal.SIGKILL, signal.SIGSTOP))
         self.struck.append(f"{number.name} {part}")
         found = [each.pid for each in descendants(self._command.process.pid) if each.name == part]
-        for pid in found:
-            os.kill(pid, number)
+        _signal(found, number)
         if number is signal.SIGSTOP:
-            self._heal = now + self._chance.uniform(0.1, 1.5), lambda: _thaw(found)
+            self._heal = now + self._chance.uniform(0.1, 1.5), lambda: _signal(found, signal.SIGCONT)
         elif part == "kage":
             self._command.process.wait()
             self._heal = now + self._chance.uniform(0.1, 0.5), self._command.start
 
 
-def _thaw(pids: list[int]) -> None:
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    """Some may have ended since they were seen."""
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, number)
 
 
 class RestlessHost:

@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent / "targets"
 MODES = ("ppoll", "nanosleep", "futex", "read", "compute")
 _FIELDS = ("heartbeat", "deviations", "eintr", "queued", "plain", "other", "release")
 _MESSAGE_OFFSET = 64
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 
 
 def compile_target(source: str, folder: Path, *flags: str) -> Path:

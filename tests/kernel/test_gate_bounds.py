@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.harness.gate import GUEST_MAC, PLAIN, ROLE, Lab, frame, ip, lab
+from tests.harness.gate import GUEST_MAC, LONG_QUEUE, PLAIN, ROLE, Lab, frame, ip, lab
 
 from kagemusha.errors import ConfigError
+from kagemusha.gate import devices
 from kagemusha.gate.namespace import GateMode, GateNetwork
 from kagemusha.kernel import bpf
 from kagemusha.model.config import NetworkTable
@@ -101,7 +102,8 @@ def test_frames_that_the_kernel_splits_do_not_hinder_passing(host: Lab) -> None:
     assert host.numbers(49) == list(range(2, 51))
 
 
-def test_passing_ends_while_the_guest_goes_on_sending(host: Lab) -> None:
+def test_passing_ends_while_the_guest_goes_on_sending(host: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "HOLD_QUEUE_FRAMES", LONG_QUEUE)
     network, gate = host.build()
     network.set_mode(GateMode.HOLD)
     stop = threading.Event()
@@ -163,7 +165,7 @@ def test_passing_a_flood_does_not_wait_for_its_end(host: Lab) -> None:
     """More than the gate process can forward: what was held leaves, the rest is queued or dropped and counted."""
     network, gate = host.build(hold_bytes=1 << 20)
     network.set_mode(GateMode.HOLD)
-    with flood(network.tap_fd, 5.0) as pidfd:
+    with flood(network.tap_fd, 60.0) as pidfd:
         while gate.statistics().dropped_frames == 0:
             time.sleep(0.005)
         gate.pass_all()

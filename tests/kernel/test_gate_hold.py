@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.harness.gate import PLAIN, WAIT_S, Lab, Listener, device_names, frame, lab, tcp_superframe
+from tests.harness.gate import LONG_QUEUE, PLAIN, WAIT_S, Lab, Listener, device_names, frame, lab, tcp_superframe
 
 from kagemusha.errors import BugError, TransientError
 from kagemusha.gate import devices
@@ -217,8 +217,9 @@ def test_a_new_session_covers_what_was_held(host: Lab) -> None:
     assert host.numbers(3) == [1, 2, 3]
 
 
-def test_changes_under_load_lose_double_and_reorder_nothing(host: Lab) -> None:
+def test_changes_under_load_lose_double_and_reorder_nothing(host: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that never stops sending, through ten changes between holding and passing."""
+    monkeypatch.setattr(devices, "HOLD_QUEUE_FRAMES", LONG_QUEUE)
     network, gate = host.build()
     stop = threading.Event()
     sent = 0

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.harness.conditions import wait_until
 from tests.harness.gate import PLAIN, ROLE, WAIT_S, Lab, Listener, device_names, frame, ip, lab, namespaces, number_of
 
 from kagemusha.errors import BugError, ConfigError, KageError, TransientError
@@ -263,7 +264,12 @@ def test_a_dedicated_uplink_moves_in_and_back(host: Lab) -> None:
     assert [number_of(data) for data in wire.wait_for(1)] == [1]
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         sender.bind(("wire", 0))
-        sender.send(bytes.fromhex("525400aa0001") + frame(2)[6:])
+
+        def comes_in() -> bool:  # its carrier may still be coming back
+            sender.send(bytes.fromhex("525400aa0001") + frame(2)[6:])
+            return bool(select.select([network.tap_fd], [], [], 0.05)[0])
+
+        wait_until(comes_in, "the wire's frame reaches the guest")
     assert number_of(os.read(network.tap_fd, 2000)[10:]) == 2
     wire.close()
     gate.close()

@@ -208,11 +208,15 @@ def test_one_that_does_not_read_hinders_nobody(primary: Host) -> None:
         deaf = stack.enter_context(listener.accept()[0])
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sent = 0
-        while client.statistics().missed_frames == 0:
+
+        def misses() -> bool:
+            nonlocal sent
             primary.send_in(*[big] * 100)
             assert len(primary.guest_reads()) == 100
             sent += 100
-            assert sent < 100_000
+            return client.statistics().missed_frames > 0
+
+        wait_until(misses, "what has no room is missed")
         client.before_stop()
         seen = client.seen()
         assert seen == client.first_number + sent - 1
@@ -365,7 +369,8 @@ def test_it_dies_with_its_worker(primary: Host) -> None:
                 os.close(descriptor)
 
 
-def test_closing_sends_what_was_copied(primary: Host) -> None:
+def test_closing_sends_what_was_copied(primary: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kagemusha.inbound.process._END_TIMEOUT_S", PATIENCE_S)
     with pair(primary) as ends:
         primary.send_in(*(packet(number) for number in range(100)))
         ends.receiver.committed(ends.checkpoint())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.harness.huge_pages import huge_pages
 from tests.kernel.memory_target import HUGE, PAGE, MemoryTarget, memory_target
 
 from kagemusha.errors import GuestGoneError
@@ -256,25 +257,9 @@ def test_a_huge_page_is_reported_whole_once_and_then_page_by_page(target: Memory
     assert region.taken() == [(9, 1)]
 
 
-@pytest.fixture
-def huge_pages() -> Iterator[int]:
-    setting = Path("/proc/sys/vm/nr_hugepages")
-    before = setting.read_text()
-    with suppress(OSError):
-        setting.write_text(str(int(before) + 8))
-    try:
-        free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
-        if free < 8:
-            pytest.skip("host lacks: 8 huge pages")
-        yield free
-    finally:
-        setting.write_text(before)
-
-
 @pytest.mark.parametrize("kind", ["hugetlb", "hugetlb-shared"])
-def test_hugetlb(huge_pages: int, kind: str) -> None:
-    assert huge_pages
-    with memory_target() as target:
+def test_hugetlb(kind: str) -> None:
+    with huge_pages(8 * HUGE), memory_target() as target:
         region = target.region(kind, 4 * CHUNK)
         region.do("poke", 0, 1, 5)
         region.do("poke", CHUNK, 1, 5)

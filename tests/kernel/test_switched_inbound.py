@@ -13,7 +13,7 @@ from ipaddress import ip_address
 import pytest
 from tests.harness.conditions import wait_until
 from tests.harness.gate import PLAIN, WAIT_S, tcp_superframe
-from tests.harness.switch import STRANGER, TAG, VM1, VM3, Switch, made, switch
+from tests.harness.switch import QUEUE_FRAMES, STRANGER, TAG, VM1, VM3, Switch, made, switch
 
 from kagemusha.errors import BugError
 from kagemusha.gate.namespace import GateMode
@@ -37,7 +37,9 @@ class Kept:
         self.here = here
         here.open()
         self.vm: VmPort = here.add_vm("one", VM1, "ha")
-        self.keeper: KeeperClient = spawn_keeper(self.vm.open_replay(), max_frames=max_frames, max_bytes=64 << 20)
+        self.keeper: KeeperClient = spawn_keeper(
+            self.vm.open_replay(queue_frames=QUEUE_FRAMES), max_frames=max_frames, max_bytes=64 << 20
+        )
         self.vm.set_inbound(Inbound.COPY)
 
     def send(self, *numbers: int) -> None:

@@ -264,8 +264,7 @@ def test_closed_drops_and_stops_what_is_being_released(here: Switch) -> None:
     vm.set_mode(GateMode.CLOSED)
     vm.gate.release(ONE)
     here.send("ha", VM1, 3)
-    vm.gate.statistics()
-    assert vm.gate.statistics().pending_frames == 0
+    wait_until(lambda: vm.gate.statistics().pending_frames == 0, "it has let go of all")
     assert here.frames("ca") == []
     assert vm.counts().closed == 1
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from tests.harness.conditions import wait_until
 from tests.harness.gate import WAIT_S, ip, unique
 from tests.harness.switch import BRIDGE
 
@@ -111,9 +112,9 @@ def test_tcp_both_ways_through_the_gate_arrives_whole() -> None:
         assert bytes(received[:32]) == hashlib.sha256(PAYLOAD).digest()
         assert bytes(received[32:]) == PAYLOAD
         epochs.stop()
-        statistics = vm.gate.statistics()
         assert epochs.held > 0
-        assert statistics.held_frames == vm.given
+        wait_until(lambda: vm.gate.statistics().held_frames == vm.given, "what was given is held")
+        statistics = vm.gate.statistics()
         assert statistics.dropped_frames == statistics.discarded_frames == 0
 
 

@@ -6,16 +6,17 @@ import itertools
 import socket
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trustme
-from tests.harness.claims import VM, etcd_table, opened
+from tests.harness.claims import PATIENT_MS, VM, etcd_table, opened
 from tests.harness.commands import wait
 from tests.harness.etcd import Etcd, Member, User, enable_users, encoded, free_port, make_etcd
 from tests.harness.relay import Answers, Relay, relay
@@ -25,6 +26,8 @@ from kagemusha.failover.arbiter import Arbiter, Claimed
 from kagemusha.failover.etcd_arbiter import PREFIX
 from kagemusha.model.config import ArbiterTable
 from kagemusha.model.ids import Term
+
+ToldT = TypeVar("ToldT")
 
 KAGE = User("kage", "kage-password", PREFIX)
 RACERS = 8
@@ -54,23 +57,33 @@ def lossy(single: Etcd) -> Iterator[Relay]:
         yield started
 
 
-def at(*endpoints: str, timeout_ms: int = 1000) -> Arbiter:
+def at(*endpoints: str, timeout_ms: int = PATIENT_MS) -> Arbiter:
     return opened(ArbiterTable(kind="etcd", endpoints=endpoints, timeout_ms=timeout_ms))
 
 
-def answered(arbiter: Arbiter, vm: str, term: Term, claimant: str) -> Claimed:
+def until_told(ask: Callable[[], ToldT], what: str) -> ToldT:
     """Ask until there is an answer."""
-    told: list[Claimed] = []
+    told: list[ToldT] = []
 
-    def ask() -> bool:
+    def once() -> bool:
         try:
-            told.append(arbiter.claim(vm, term, claimant))
+            told.append(ask())
         except TransientError:
             return False
         return True
 
-    wait(ask, f"term {term} is given away")
+    wait(once, what)
     return told[0]
+
+
+def answered(arbiter: Arbiter, vm: str, term: Term, claimant: str) -> Claimed:
+    """The answer to a claim, however long it takes."""
+    return until_told(partial(arbiter.claim, vm, term, claimant), f"term {term} is given away")
+
+
+def newest(arbiter: Arbiter) -> Claimed | None:
+    """Who has the newest term, however long it takes to learn it."""
+    return until_told(partial(arbiter.newest, VM), "the newest term is told")
 
 
 # --- one holder -------------------------------------------------------------------------------------------------------
@@ -171,7 +184,7 @@ def test_one_wins_each_term_while_members_die_and_freeze(cluster: Etcd) -> None:
     wait(cluster.healthy, "all members are back")
     for url in urls:
         with closing(at(url)) as arbiter:
-            assert {term: arbiter.claim("harmed", term, "late/1").holder for term in holders} == holders
+            assert {term: answered(arbiter, "harmed", term, "late/1").holder for term in holders} == holders
 
 
 # --- outages ----------------------------------------------------------------------------------------------------------
@@ -183,7 +196,7 @@ def test_a_majority_is_needed_and_enough(cluster: Etcd) -> None:
     with closing(opened(etcd_table(cluster, timeout_ms=500))) as arbiter:
         first.kill()
         assert answered(arbiter, VM, Term(1), "a/1").holder == "a/1"
-        assert arbiter.newest(VM) == Claimed(Term(1), "a/1")
+        assert newest(arbiter) == Claimed(Term(1), "a/1")
         with second.frozen():
             for _ in range(3):
                 with pytest.raises(TransientError, match="no answer of etcd") as caught:
@@ -193,11 +206,11 @@ def test_a_majority_is_needed_and_enough(cluster: Etcd) -> None:
                     arbiter.newest(VM)  # the one that is left knows it, but cannot know that it is the newest
         assert answered(arbiter, VM, Term(3), "a/1").holder == "a/1"
         # The claim that was not answered may have been made all the same, and then by nobody else.
-        assert arbiter.claim(VM, Term(2), "c/1").holder in ("b/1", "c/1")
+        assert answered(arbiter, VM, Term(2), "c/1").holder in ("b/1", "c/1")
         first.start(cluster.members)
         wait(cluster.healthy, "the killed one is back")
     with closing(at(first.client_url)) as only_first:
-        assert only_first.newest(VM) == Claimed(Term(3), "a/1")
+        assert newest(only_first) == Claimed(Term(3), "a/1")
 
 
 def test_the_leader_dies(cluster: Etcd) -> None:
@@ -206,7 +219,7 @@ def test_the_leader_dies(cluster: Etcd) -> None:
             assert answered(arbiter, VM, Term(2 * term), "a/1").holder == "a/1"
             member.kill()
             assert answered(arbiter, VM, Term(2 * term + 1), "b/1").holder == "b/1"
-            assert arbiter.newest(VM) == Claimed(Term(2 * term + 1), "b/1")
+            assert newest(arbiter) == Claimed(Term(2 * term + 1), "b/1")
             member.start(cluster.members)
             wait(cluster.healthy, "it is back")
 
@@ -383,7 +396,7 @@ def test_a_token_that_the_server_forgot_is_renewed(guarded: Etcd, tmp_path: Path
             member.kill()
             member.start(guarded.members)
         assert answered(arbiter, VM, Term(4), "a/1").holder == "a/1"
-        assert arbiter.newest(VM) == Claimed(Term(4), "a/1")
+        assert newest(arbiter) == Claimed(Term(4), "a/1")
 
 
 def test_a_token_is_renewed_when_it_lapses_or_users_change(tmp_path: Path) -> None:

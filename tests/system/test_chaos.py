@@ -28,7 +28,7 @@ AT_SWITCH = (
 def report_of(tmp_path: Path, *more: str) -> dict[str, Any]:
     report = tmp_path / "chaos.json"
     command = [kage_program(), "chaos", *more, "--json", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads(report.read_text()))
 
@@ -45,7 +45,7 @@ def test_what_a_few_faults_show(tmp_path: Path, form: str, more: tuple[str, ...]
     assert (found["form"], found["runs"], found["ok"]) == (form, int(more[1]), int(more[1]))
     assert found["frames"] > 100
     assert [found[key] for key in ("lost", "leaked", "double_active", "damaged", "not_at_rest")] == [0] * 5
-    assert found["acknowledged"] > 100
+    assert found["acknowledged"] > 50
 
 
 def test_faults_are_chosen_by_words() -> None:

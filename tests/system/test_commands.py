@@ -218,7 +218,7 @@ def test_sigterm_of_the_primary_lets_out_what_was_held() -> None:
 # --- a part of the primary dies or freezes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["ship", "gate"])
+@pytest.mark.parametrize("part", ["ship", pytest.param("gate", marks=pytest.mark.long)])
 def test_a_primary_that_loses_a_process_hands_over(part: Part) -> None:
     with site() as hosts:
         primary, standby = hosts.protected()

@@ -112,20 +112,27 @@ def nothing_stays(guest: Guest) -> Iterator[None]:
         yield
 
 
+def stretched_ms(epochs: list[EpochCommitted]) -> float:
+    """The interval that the usual pause demands: a slow machine's may be longer than what was asked for."""
+    return median(each.pause_us for each in epochs) / 1000 / PAUSED_SHARE
+
+
 def test_checkpoints_are_taken_when_answers_wait(guest: Guest) -> None:
     """Else seldom; and the guest stands no more than its share of time."""
     primary, standby = guest.protected({"primary.paused_share": PAUSED_SHARE})
     wait_epochs(primary, 3)
-    idle = median(each.interval_us for each in wait_epochs(primary, 15)) / 1000
-    assert 0.9 * MAX_EPOCH_MS < idle < 2 * MAX_EPOCH_MS
+    seldom = wait_epochs(primary, 15)
+    idle = median(each.interval_us for each in seldom) / 1000
+    assert 0.9 * MAX_EPOCH_MS < idle < max(2 * MAX_EPOCH_MS, 1.3 * stretched_ms(seldom))
     guest.writer.wait_more()
     before = len(primary.of(EpochCommitted))
     guest.writer.wait_more(60)
     epochs = primary.of(EpochCommitted)[before:]
-    assert median(each.interval_us for each in epochs) / 1000 < 0.7 * idle
+    assert median(each.interval_us for each in epochs) / 1000 < max(0.7 * idle, 1.3 * stretched_ms(epochs))
     sizes = [each.dirty_bytes for each in epochs]
     assert sizes != sorted(sizes), "what was written once is in every later checkpoint"
-    assert sum(each.pause_us for each in epochs) <= 1.1 * PAUSED_SHARE * sum(each.interval_us for each in epochs)
+    pauses, intervals = [each.pause_us for each in epochs[:-1]], [each.interval_us for each in epochs[1:]]
+    assert sum(pauses) <= 1.1 * PAUSED_SHARE * sum(intervals), "as long as the pause at its begin demands"
     assert primary.end() == 0
     assert standby.end() == 0
 

@@ -23,18 +23,18 @@ pytestmark = [
 SAMPLE = (
     "freeze switch at gate-releasing",
     "kill switch at switch-sealing",  # a guest stands, and waits for nobody
-    "kill switch at switch-released",
     "kill standby at standby-switch-told",  # what it has told is let go, and its primary does not know of the commit
     "kill switch at switch-fenced",  # by then the primary host is dead
     "full switch at switch-recording",  # likewise: nobody is given the term until it can be recorded
 )
 FAULTS = {str(fault): fault for fault in POINT_FAULTS}
+LEASE_MS = 1000  # a machine that stands still for a moment is not a dead one
 _numbers = count(1)
 
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    with Runner(7, POINT_FAULTS, keep=False, progress=lambda _: None, form=Form.SWITCH) as found:
+    with Runner(7, POINT_FAULTS, keep=False, progress=lambda _: None, form=Form.SWITCH, lease_ms=LEASE_MS) as found:
         yield found
 
 

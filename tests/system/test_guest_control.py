@@ -331,7 +331,10 @@ def tracer(vm: Vm) -> int:
 
 def open_files(vm: Vm) -> list[str]:
     """What QEMU has open besides connections, which come and go."""
-    names = [os.readlink(entry) for entry in Path(f"/proc/{vm.pid}/fd").iterdir()]
+    names = []
+    for entry in Path(f"/proc/{vm.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was seen
+            names.append(os.readlink(entry))
     return sorted(name for name in names if not name.startswith("socket:"))
 
 

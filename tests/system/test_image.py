@@ -143,7 +143,9 @@ def poke(number: int, source: str) -> str:
     return f"{FIND_BUFFER}\ndd if={source} {target}\n"
 
 
-@pytest.mark.parametrize("fault", ["damaged", "stale", "misplaced"])
+@pytest.mark.parametrize(
+    "fault", ["damaged", *(pytest.param(each, marks=pytest.mark.long) for each in ("stale", "misplaced"))]
+)
 def test_pattern_finds_damage(guest: Guest, fault: str) -> None:
     read = start_pattern(guest, size_mb=4, rate_mb_s=0 if fault == "misplaced" else 4)
     wait_text(read, r"PATTERN-OK passes=[1-9]")

@@ -67,7 +67,7 @@ def checked(folder: Path, *macros: str, optimise: str = "-O0") -> Verdict:
     return Verdict(violated[1].strip() if violated else None, int(states[1]), not unfinished)
 
 
-@pytest.mark.parametrize("bounds", [TERMS, EPOCHS])
+@pytest.mark.parametrize("bounds", [TERMS, pytest.param(EPOCHS, marks=pytest.mark.long)])
 def test_bounded_model_is_safe(bounds: tuple[str, ...], tmp_path: Path) -> None:
     verdict = checked(tmp_path, *bounds, optimise="-O1")
     assert verdict.violated is None

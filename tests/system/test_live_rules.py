@@ -198,8 +198,8 @@ def test_no_frame_was_lost_or_doubled(live: Live) -> None:
     """Through all of it: what has departed in committed epochs has arrived, each frame once."""
     guest = live.guest
     guest.wait_epochs(3)
-    found = guest.passages()
     last = guest.primary.of(EpochCommitted)[-3]
+    found = guest.passages()
     whole = [each for each in found if each.departed_ns < last.stop_t * 1e9]
     assert len(whole) > 1000
     assert [each for each in whole if each.arrived_ns is None] == []

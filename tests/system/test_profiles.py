@@ -274,7 +274,7 @@ def test_permissive_can_lose_acknowledged_writes() -> None:
     Not even a replay of the requests helps it then, or only by chance: where the guest has answered the first again
     before the second arrives, which acknowledges that answer.
     """
-    with observed("permissive", {"primary.epoch_ms": 3000, "primary.inbound_replay": False}) as guest:
+    with observed("permissive", {"primary.epoch_ms": 6000, "primary.inbound_replay": False}) as guest:
         start_streams(guest.hosts, INTERVAL_US, *STREAMS)
         guest.protect()
         writer = guest.hosts.writer()

@@ -6,6 +6,7 @@ Each guest runs ``pattern``, which writes all the time and reports the first pag
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_memory_that_a_balloon_takes_and_gives_back(kind: str, tmp_path: Path) -
     """The standby takes over half-way: the balloon's rest is given back there."""
     given_back = kind != PRIVATE
     with (
-        huge_pages(2 * RAM_MB << 20 if kind == HUGETLB else 0),
+        huge_pages(2 * RAM_MB << 20) if kind == HUGETLB else nullcontext(),
         replica(tmp_path, MEMORIES[kind]) as pair,
     ):
         pair.run(10)

@@ -420,9 +420,9 @@ def test_a_flood_from_the_guest_costs_a_bounded_share(tmp_path: Path) -> None:
                     connection.send(dear * 50)
             with suppress(BlockingIOError):
                 connection.recv(65_536)
-        spent_s = running.cpu_s() - began_cpu_s
+        spent_s, took_s = running.cpu_s() - began_cpu_s, time.monotonic() - began
         # the share, its burst, the one request that goes into debt, and as much again for reading and waiting
-        assert spent_s <= 2 * (0.05 * 5 + clients.GUEST_CPU_BURST_S + 0.5)
+        assert spent_s <= 2 * (0.05 * took_s + clients.GUEST_CPU_BURST_S + 0.5)
         assert running.memory_bytes() <= memory + (32 << 20)
         assert running.ask(op="list")["ok"]
     side.close()
@@ -440,7 +440,7 @@ def test_garbage_harms_nobody(tmp_path: Path, who: str) -> None:
         connection = side.accept()
         until = time.monotonic() + FUZZ_SECONDS
         rounds = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until or rounds <= 20:
             rounds += 1
             victim = connection if who == "guest" else socket.socket(socket.AF_UNIX)
             if who == "host":
@@ -458,7 +458,6 @@ def test_garbage_harms_nobody(tmp_path: Path, who: str) -> None:
                 assert running.ask(op="list")["ok"]
         listed = running.ask(op="list")
         assert listed["ok"]
-        assert rounds > 20
         assert running.process.poll() is None
         if who == "guest":
             assert [each["name"] for each in listed["rules"] if not each["author"].startswith("guest")] == _host_names()

@@ -32,7 +32,7 @@ pytestmark = [
 RAM_MB = 256
 FIRMWARE_ONLY = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none"]
 WITNESS = "PATTERN-OK"
-LEASE_MS = 6000  # silence must not decide anything while a test looks at memory
+LEASE_MS, HEARTBEAT_MS = 10_000, 400  # silence must not decide anything while a test looks at memory
 
 
 @dataclass
@@ -56,7 +56,12 @@ def link() -> Iterator[Protected]:
     with site() as hosts, proxy(hosts) as relay:
         command = list(hosts.guest(ram_mb=RAM_MB, programs="kage.run=pattern%2032%204"))
         primary, standby = hosts.protected(
-            {"primary.standby": ADDRESS, "lease.duration_ms": LEASE_MS, "vm.command": command},
+            {
+                "primary.standby": ADDRESS,
+                "primary.heartbeat_ms": HEARTBEAT_MS,
+                "lease.duration_ms": LEASE_MS,
+                "vm.command": command,
+            },
             {"vm.command": command},
         )
         yield Protected(hosts, primary, standby, relay, hosts.writer())

@@ -330,7 +330,7 @@ def test_a_keeper_that_fails_at_a_takeover_does_not_cut_the_vm_off(command: Swit
 
 def test_a_gate_that_stood_still_seals_again(command: SwitchCommand) -> None:
     """Its answer of then is nobody's any more; those of now are not taken for it."""
-    here, host = command.here, command.host("a", VM1, seal_s=0.05)
+    here, host = command.here, command.host("a", VM1, seal_s=1.0)
     registered(host)
     sealed(host, ONE)
     gate = command.part("kage-gate")
@@ -348,7 +348,7 @@ def test_a_gate_that_stood_still_seals_again(command: SwitchCommand) -> None:
 
 
 def test_a_gate_that_is_frozen_for_good_is_replaced(command: SwitchCommand) -> None:
-    here, host = command.here, command.host("a", VM1, seal_s=0.05)
+    here, host = command.here, command.host("a", VM1, seal_s=1.0)
     registered(host)
     other = registered(command.host("b", VM2, vm="vm2"))
     gate = command.part("kage-gate")

@@ -181,7 +181,7 @@ def test_several_vms_of_several_hosts(switch: RunningSwitch) -> None:
 
 
 def test_a_guest_does_not_stand_because_the_switch_does_not_answer(switch: RunningSwitch) -> None:
-    with registered(switch, seal_s=0.05) as client:
+    with registered(switch, seal_s=2.0) as client:
         gate = gate_of(switch)
         gate.arrive("a", 1)
         gate.frozen = True
@@ -287,7 +287,7 @@ def test_without_a_switch_nothing_is_promised(switch: RunningSwitch) -> None:
 
 
 def test_a_gate_that_is_lost_is_fenced_and_made_again(switch: RunningSwitch) -> None:
-    with registered(switch, seal_s=0.2) as client:
+    with registered(switch, seal_s=2.0) as client:
         lost = gate_of(switch)
         lost.broken = True
         assert seal(client, 1) == 0
@@ -575,6 +575,7 @@ def test_silent_and_slow_peers_are_dropped(switch: RunningSwitch, monkeypatch: p
     with registered(switch) as client, ExitStack() as stack:
         stack.enter_context(raw(switch))  # says nothing
         wait_until(lambda: switch.refused("broken") == 1, "the silent one is dropped")
+        monkeypatch.undo()
         greedy = stack.enter_context(stranger(switch))
         claim = encode_switch(Claim(vm=VM, term=1, claimant=B), term=Term(1))
         with pytest.raises((PeerError, TransientError)):

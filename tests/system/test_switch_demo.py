@@ -23,6 +23,7 @@ LIMIT_S = 240
 def test_calls_and_writes_survive_the_death_of_a_host(tmp_path: Path) -> None:
     report = tmp_path / "demo.json"
     command = [kage_program(), "demo", "--topology", "switch", "--companions", "1", "--calls", "3", "--seconds", "10"]
+    command += ["--lease-ms", "1500"]
     command += ["--no-come-back", "--seed", "5", "--json", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces"),
 ]
-EPOCH_MS = 5000
+EPOCH_MS = 8000
 MONITOR = "socket,id=operator,path=operator,server=on,wait=off"
 
 
@@ -72,7 +72,7 @@ class Pair:
     def assert_untouched(self, last: EpochCommitted) -> None:
         """The standby goes on from that epoch, and the client has not noticed."""
         assert self.second.wait_event(TakenOver).epoch == last.epoch
-        assert "somebody else resumed the guest during our pause" in self.first.printed()
+        self.first.wait_printed("somebody else resumed the guest during our pause")
         self.writer.wait_more()
         self.hosts.verify(self.writer)
 

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -113,7 +115,11 @@ def test_what_goes_wrong_has_the_ends_of_all_logs() -> None:
     assert "empty" not in note
 
 
-def test_the_next_run_sweeps_after_one_that_was_killed_and_leaves_the_living_alone() -> None:
+def test_the_next_run_sweeps_after_one_that_was_killed_and_leaves_the_living_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # or a run beside this one sweeps first
+    monkeypatch.setattr(tempfile, "tempdir", None)
     code = (
         "import subprocess, time\n"
         "from kagemusha.demo.rundir import RunDirectory\n"

@@ -48,10 +48,15 @@ class Cluster(Scope):
     :ivar nodes: the nodes as they are now; ``ended``: those before them, until they are forgotten.
     :ivar boards: the fault points of each host, and of a switch that is one, by its end's name.
     :ivar network: between the hosts and the arbiter.
+
+    :param lease_ms: None: the form's default.
     """
 
-    def __init__(self, *, keep: bool, progress: Callable[[str], None], form: Form = Form.HOST) -> None:
+    def __init__(
+        self, *, keep: bool, progress: Callable[[str], None], form: Form = Form.HOST, lease_ms: int | None = None
+    ) -> None:
         self.form = form
+        self._lease_ms = lease_ms
         self.directory = RunDirectory(keep=keep)
         self.topology = Topology(self.directory.name, HOSTS)
         self.nodes: dict[str, NodeProcess] = {}
@@ -146,6 +151,8 @@ class Cluster(Scope):
             "[primary]",
             self._arbiter_configuration(),
         ]
+        if self._lease_ms is not None:
+            lines.append(f"[lease]\nduration_ms = {self._lease_ms}")
         lines += [
             f"[[hosts]]\nname = {json.dumps(name)}\naddress = {json.dumps(f'{management_host(name)}:{STREAM_PORT}')}"
             for name in HOSTS

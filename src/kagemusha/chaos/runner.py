@@ -121,8 +121,9 @@ class Runner(Scope):
         keep: bool,
         progress: Callable[[str], None],
         form: Form = Form.HOST,
+        lease_ms: int | None = None,
     ) -> None:
-        self.cluster = Cluster(keep=keep, progress=progress, form=form)
+        self.cluster = Cluster(keep=keep, progress=progress, form=form, lease_ms=lease_ms)
         self._faults = faults
         self._deck: list[AnyFault] = []
         self._chance = random.Random(seed)

@@ -19,7 +19,7 @@ FREEZE_S = (0.1, 3.0)
 CUT_S = (0.5, 3.0)
 DELAY_S = (0.01, 0.25)
 LOST_SHARE = 0.2
-CYCLE_LIMIT_S, TRIGGERED_LIMIT_S = 4.0, 10.0
+CYCLE_LIMIT_S, TRIGGERED_LIMIT_S = 10.0, 30.0
 POLL_S = 0.002
 FIRST_S = 0.1
 """How long the first of two faults is there before the second."""
@@ -127,8 +127,11 @@ def _strike_point(cluster: Cluster, fault: PointFault, roles: Roles, chance: ran
             cluster.strike(roles.standby, "host", signal.SIGKILL)
         case Trigger.SWITCHOVER:
             cluster.ask_switchover(roles.primary)
-    deadline = now + (CYCLE_LIMIT_S if fault.trigger is Trigger.NOTHING else TRIGGERED_LIMIT_S)
+    lone = fault.trigger is Trigger.NOTHING
+    deadline = now + (CYCLE_LIMIT_S if lone else TRIGGERED_LIMIT_S)
     while board.struck == before and time.monotonic() < deadline and alive():
+        if lone and cluster.pair != (roles.primary, roles.standby):
+            break  # a machine that stood still has ended the protection; another fault now would be a second one
         time.sleep(POLL_S)
     board.disarm()
     lasts = fault.action is FaultAction.FREEZE or fault.side is Side.SWITCH

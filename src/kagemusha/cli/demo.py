@@ -52,6 +52,9 @@ def demo(
     profile: Annotated[str, typer.Option(help="Rules: what is held (kage rules profiles).")] = "strict",
     calls: Annotated[int, typer.Option(help="With a switch: calls with media.", min=1, max=200)] = 8,
     companions: Annotated[int, typer.Option(help="With a switch: VMs on host B.", min=1, max=3)] = 3,
+    lease_ms: Annotated[
+        int, typer.Option(help="How long an unanswered primary may send; longer where the machine stalls.", min=100)
+    ] = 300,
     come_back: Annotated[bool, typer.Option(help="With a switch: start host A again at the end.")] = True,
     seed: Annotated[int | None, typer.Option(help="Decides the random moment of the kill.")] = None,
     json_file: JsonOption = None,
@@ -61,7 +64,7 @@ def demo(
     """Client, switch and two hosts on this machine: kill one host under load and see what the client sees.
 
     With --topology switch, host A runs a VM that answers calls and host B three others, each other's standbys, held at
-    the switch. Of the other options, --seconds, --ram-mb, --seed, --json and --keep count there, too.
+    the switch. Of the other options, --seconds, --ram-mb, --lease-ms, --seed, --json and --keep count there, too.
     """
     if topology is TopologyChoice.SWITCH:
         from kagemusha.switch_demo.command import run_switch_demo_command
@@ -69,13 +72,13 @@ def demo(
 
         asked = SwitchDemoOptions(
             seconds=seconds, calls=calls, ram_mb=ram_mb or RAM_MB, companions=companions, come_back=come_back,
-            seed=seed, keep=keep,
+            lease_ms=lease_ms, seed=seed, keep=keep,
         )  # fmt: skip
         raise typer.Exit(run_switch_demo_command(asked, json_file=json_file))
     from kagemusha.demo.command import run_demo_command
 
     options = DemoOptions(
         epoch_ms=epoch_ms, ram_mb=ram_mb or 256, vcpus=vcpus, seconds=seconds, kill=kill,
-        compression=compression.value, profile=profile, seed=seed, keep=keep,
+        compression=compression.value, profile=profile, lease_ms=lease_ms, seed=seed, keep=keep,
     )  # fmt: skip
     raise typer.Exit(run_demo_command(options, json_file=json_file, png_file=png_file))

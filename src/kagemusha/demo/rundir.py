@@ -52,8 +52,11 @@ def sweep() -> tuple[str, ...]:
     """Remove what demos left that did not live to do it; returns their names."""
     removed = []
     for directory in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
-        if len(directory.name) != _NAME_LENGTH or directory.stat().st_uid != os.geteuid():
-            continue
+        try:
+            if len(directory.name) != _NAME_LENGTH or directory.stat().st_uid != os.geteuid():
+                continue
+        except FileNotFoundError:
+            continue  # its run has just removed it
         fd = _locked(directory / "lock")
         if fd is None:
             continue

@@ -122,7 +122,7 @@ class SwitchDemoRun(Scope):
         self._until(
             lambda: time.monotonic() + POLL_S >= moment and self._all_protected(),
             "the client writes and talks",
-            self.options.seconds,
+            self.options.seconds + SLACK_S,
         )
         time.sleep(max(0.0, moment - time.monotonic()))
         self._strike = self.site.kill_host(VICTIM)
