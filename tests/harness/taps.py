@@ -15,7 +15,7 @@ from kagemusha.kernel.bpf import HoldCount
 from kagemusha.kernel.netlink import IFF_NOARP, IFF_UP, Links
 from kagemusha.kernel.tap import FRAME_BYTES_MAX, OFFLOADS, VNET_HEADER_BYTES, open_tap
 
-QUEUE_FRAMES = 1_000_000
+QUEUE_FRAMES = 400_000
 
 
 class Taps:

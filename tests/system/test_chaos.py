@@ -37,7 +37,10 @@ def report_of(tmp_path: Path, *more: str) -> dict[str, Any]:
     ("form", "more"),
     [
         ("host", ("--runs", "2", "--seed", "11")),
-        ("switch", ("--runs", "3", "--seed", "7", "--faults", ",".join(map(str, AT_SWITCH)))),
+        pytest.param(
+            *("switch", ("--runs", "3", "--seed", "7", "--faults", ",".join(map(str, AT_SWITCH)))),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_what_a_few_faults_show(tmp_path: Path, form: str, more: tuple[str, ...]) -> None:

@@ -161,6 +161,7 @@ def test_pattern_finds_damage(guest: Guest, fault: str) -> None:
     assert guest.run("pidof pattern") == ""
 
 
+@pytest.mark.long
 def test_reboot_in_the_guest(image: GuestImage, tmp_path: Path) -> None:
     with booted(image, tmp_path, vcpus=2, append="kage.run=pattern%2016%202") as guest:
         assert guest.run("nproc").strip() == "2"
