@@ -11,6 +11,7 @@
     ├── GuestError               QEMU refused or failed an operation
     │   └── GuestGoneError       the QEMU process is no longer there
     ├── FencedError              another instance holds a newer term: this one must fall silent
+    ├── RefusedError             what was asked for cannot be done now; nothing has changed
     └── BugError                 a rule of ours was broken; state is unchanged, report it
         └── ProtocolError        an event that the machine's state has no transition for
 
@@ -102,6 +103,12 @@ class FencedError(KageError):
     """A newer term exists: this instance must not go on."""
 
     exit_code = 4
+
+
+class RefusedError(KageError):
+    """A worker or a switch does not do, in its present state, what an operator asks for."""
+
+    exit_code = 7
 
 
 class BugError(KageError):

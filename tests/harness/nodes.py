@@ -13,7 +13,6 @@ from tests.harness.etcd import Member
 from tests.harness.site import Host, Site, Writer
 
 from kagemusha.chaos.switch_agent import SwitchAgent
-from kagemusha.demo.sides import kage_program
 from kagemusha.demo.topology import ARBITER, inside, management_host
 from kagemusha.model.events import TakenOver
 
@@ -72,16 +71,7 @@ class Cluster:
 
     def kage(self, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command of an operator on a host."""
-        node = self.nodes[host]
-        program = [kage_program(), *arguments, "--config", "kage.toml"]
-        return subprocess.run(
-            inside(self.hosts.topology.hosts[host], program),
-            cwd=node.folder,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
+        return self.hosts.ask(self.nodes[host], host, *arguments)
 
     def goes_on(self) -> None:
         """The client is answered, over the connection it has had all the time."""

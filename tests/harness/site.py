@@ -193,6 +193,17 @@ class Site:
         settings.setdefault("arbiter", {"kind": "file", "directory": str(self.folder / "arbiter")})
         return self._start("node", settings, host, isolated=True)
 
+    def ask(self, command: Command, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """An operator's command about what runs there, with the same configuration."""
+        return subprocess.run(
+            inside(self.topology.hosts[host], [kage_program(), *arguments, "--config", "kage.toml"]),
+            cwd=command.folder,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+
     def _start(self, role: Role, settings: Mapping[str, object], host: Host, *, isolated: bool) -> Command:
         folder, environment = self.prepare(role, toml(settings), host)
         prefix = inside(self.topology.hosts[host], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from kagemusha.demo.client import set_request
 from kagemusha.demo.image import REDIS_PORT
 from kagemusha.demo.topology import BRIDGE
 from kagemusha.guest.accel import READY_LINE
-from kagemusha.model.events import Ended, GateCounted, TakenOver
+from kagemusha.model.events import Ended, GateCounted, StateChanged, TakenOver
 
 pytestmark = [
     pytest.mark.system,
@@ -107,6 +108,19 @@ def assert_gone(command: Command) -> None:
     assert "Traceback" not in command.printed()
 
 
+def test_a_node_whose_arbiter_is_out_says_so_and_ends_in_good_order(hosts: Site) -> None:
+    node = hosts.node("a", {"arbiter": {"kind": "etcd", "endpoints": ["http://127.0.0.1:1"]}})
+    node.wait(lambda: any("waits: " in each.reason for each in node.of(StateChanged)), "it waits for the arbiter")
+    status = json.loads(hosts.ask(node, "a", "status", "--json").stdout)
+    assert (status["state"], status["role"]) == ("STARTING", "node")
+    assert "127.0.0.1:1" in status["reason"]
+    refused = hosts.ask(node, "a", "switchover")
+    assert refused.returncode == 7
+    assert "the state is STARTING: waits: " in refused.stderr
+    assert node.end() == 0
+    assert node.of(Ended)[-1].reason == "SIGTERM received"
+
+
 def test_standbys_come_and_go_and_the_last_takes_over() -> None:
     """The process that tends the rules is killed: nobody notices. Standby killed: silence until there is another. Its
     QEMU killed, or stopped by SIGTERM: it says so first, and the guest goes on alone. Then host A dies. All the time it
@@ -186,8 +200,10 @@ def test_on_standby_loss_alone_and_a_guest_that_powers_off() -> None:
         assert hosts.namespaces() == {f"kg-{hosts.name}-standby"}
 
 
-def test_sigterm_of_the_primary_lets_out_what_was_held() -> None:
-    """The primary was there first. The epoch is long, so an answer is held; it leaves before the guest ends."""
+def test_the_end_of_the_primary_lets_out_what_was_held() -> None:
+    """The primary was there first. The epoch is long, so an answer is held; it leaves before the guest ends, which a
+    signal to all of the command's group, as by Ctrl-C, does not reach.
+    """
     with site() as hosts:
         before = hosts.devices("a"), hosts.devices("b")
         primary = hosts.start("primary", {"primary.epoch_ms": 10_000})
@@ -203,10 +219,10 @@ def test_sigterm_of_the_primary_lets_out_what_was_held() -> None:
                 connection.recv(1)
             connection.settimeout(LIMIT_S)
             with standby.changes("WAITING"):
-                primary.process.send_signal(signal.SIGTERM)
+                os.killpg(primary.process.pid, signal.SIGINT)
             assert connection.recv(100) == b"+OK\r\n"
         assert primary.ended() == 0
-        assert primary.of(Ended)[-1].reason == "SIGTERM received"
+        assert primary.of(Ended)[-1].reason == "SIGINT received"
         assert_gone(primary)
         assert hosts.namespaces() == {f"kg-{hosts.name}-standby"}
         assert standby.end(signal.SIGINT) == 0

@@ -443,6 +443,34 @@ def test_devices_that_cannot_be_replicated(tmp_path: Path, arguments: tuple[str,
         assert refusal.value.hint
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("-drive", "if=virtio,id=root,format=raw,file=disk"), "write to root, which is not replicated"),
+        (("-blockdev", "raw,node-name=n,file.driver=file,file.filename=disk", "-device", "virtio-blk,drive=n,id=data"),
+         "write to /machine/peripheral/data.*, which is not replicated"),
+        (("-nic", "user,model=e1000"), "has 2 NICs"),
+    ],
+    ids=["drive", "blockdev", "nics"],
+)  # fmt: skip
+def test_what_leaves_the_guest_unseen(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    with bare_vm(folder, *arguments) as vm, pytest.raises(UnsupportedError, match=reason) as refusal:
+        check(vm)
+    assert refusal.value.hint
+
+
+def test_a_disk_that_the_guest_only_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    read_only = "if=virtio,id=root,format=raw,file=disk,readonly=on"
+    with bare_vm(folder, "-drive", read_only) as vm:
+        check(vm)
+
+
 MAPPER = """
 import mmap, sys
 with open(sys.argv[1], "r+b") as file:

@@ -94,10 +94,10 @@ def test_a_switchover_and_a_failback_lose_nothing(cluster: Cluster) -> None:
 def test_what_cannot_be_done_now_is_said(cluster: Cluster) -> None:
     active, standby = cluster.wait_protected()
     refused = cluster.kage(standby, "switchover")
-    assert refused.returncode == 4
+    assert refused.returncode == 7
     assert "this is the standby" in refused.stderr
     refused = cluster.kage(active, "promote", "--force")
-    assert refused.returncode == 4
+    assert refused.returncode == 7
     assert "PROTECTED" in refused.stderr
     explained = cluster.kage(active, "promote")
     assert explained.returncode == 2

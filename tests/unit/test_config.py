@@ -239,6 +239,10 @@ def test_a_lease_outlives_a_lost_heartbeat(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"primary\.heartbeat_ms.*lease\.duration_ms"):
         loaded(tables, tmp_path)
     loaded(tables | {"lease": {"duration_ms": 302}}, tmp_path)
+    tables = {**GOOD, "node": "a", "lease": {"duration_ms": 60}, "hosts": [{"name": "a", "address": "10.0.0.1:7400"}]}
+    del tables["primary"]
+    with pytest.raises(ConfigError, match=r"primary\.heartbeat_ms \(50\).*lease\.duration_ms"):
+        loaded(tables, tmp_path)
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

@@ -84,9 +84,13 @@ class ControlSocket:
     def __init__(self, path: Path, *, whose: str) -> None:
         """:param whose: for an error: a key and what it names.
 
-        :raise ConfigError: another listens there, or as ``rulebase.sockets.listen`` says.
+        :raise ConfigError: ``runtime_dir`` cannot be made, another listens there, or as ``sockets.listen`` says.
         """
         self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"runtime_dir: {error}", operation="make the runtime directory") from error
         try:
             self._listener = listen(self._path)
         except TransientError as error:

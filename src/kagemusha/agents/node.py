@@ -28,7 +28,7 @@ from kagemusha.agents.fault_points import provide_fault_points
 from kagemusha.agents.signals import StopSignals
 from kagemusha.agents.state_report import StateReport
 from kagemusha.agents.term_file import TermFile
-from kagemusha.errors import ConfigError, UnsupportedError
+from kagemusha.errors import UnsupportedError
 from kagemusha.failover.arbiter import Arbiter
 from kagemusha.failover.arbiters import make_arbiter
 from kagemusha.failover.claimant import Claimant
@@ -88,7 +88,6 @@ def open_node(config: Config, events: Path | None, stack: ExitStack) -> Node:
     provide_fault_points()
     signals = stack.enter_context(StopSignals())
     terms = TermFile(config.state_dir, config.vm.name)
-    _make_runtime_dir(config)
     control = stack.enter_context(
         ControlSocket(control_path(config.runtime_dir, config.vm.name), whose="vm.name: another worker of this VM")
     )
@@ -97,13 +96,6 @@ def open_node(config: Config, events: Path | None, stack: ExitStack) -> Node:
         stack.callback(arbiter.close)
     report = StateReport(log, config.vm.name, config.node_name)
     return Node(config, log, report, signals, terms, control, arbiter)
-
-
-def _make_runtime_dir(config: Config) -> None:
-    try:
-        config.runtime_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"runtime_dir: {error}", operation="make the runtime directory") from error
 
 
 def _find_arbiter(config: Config) -> Arbiter | None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import secrets
 import select
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from kagemusha.agents.control import StatusCommand
 from kagemusha.agents.node import Node, TakenOverGuest, open_node
 from kagemusha.agents.primary import run_primary
 from kagemusha.agents.standby import exit_code_of, run_standby, term_to_claim_of
-from kagemusha.errors import ConfigError, FencedError, TransientError
+from kagemusha.errors import FencedError, TransientError
 from kagemusha.failover.arbiter import Claimed
 from kagemusha.kernel.fault_point import reach
 from kagemusha.model.config import Config, Role
+from kagemusha.model.events import Ended
 from kagemusha.model.faults import Fault
 from kagemusha.model.ids import FIRST_TERM
 from kagemusha.protocol import primary, standby
@@ -37,23 +40,41 @@ def run_role(config: Config, role: Role, events: Path | None) -> int:
     """
     with ExitStack() as stack:
         node = open_node(config, events, stack)
-        if role == "node":
-            return _run_node(node)
-        if role == "primary":
-            booted_as = None
-            if node.arbiter is not None and config.vm.command is not None:
-                booted_as = _Election(node, True).may_boot()
-                if booted_as is None:
-                    raise FencedError(
-                        "the VM runs on another host, or was handed on to one",
-                        operation="boot the VM",
-                        hint="run kage node or kage standby here",
-                    )
-            return run_primary(node, booted_as=booted_as)[1]
+        try:
+            match role:
+                case "node":
+                    return _run_node(node)
+                case "primary":
+                    return _run_primary(node)
+                case "standby":
+                    return _run_standby(node)
+        except _StoppedError as stopped:
+            node.log.write(Ended(t=time.monotonic(), role=role, reason=str(stopped), exit_code=0))
+            return 0
+
+
+class _StoppedError(Exception):
+    """An operator has ended the node before it knew who runs the VM."""
+
+
+def _run_primary(node: Node) -> int:
+    booted_as = None
+    if node.arbiter is not None and node.config.vm.command is not None:
+        booted_as = _Election(node, True).may_boot()
+        if booted_as is None:
+            raise FencedError(
+                "the VM runs on another host, or was handed on to one",
+                operation="boot the VM",
+                hint="run kage node or kage standby here",
+            )
+    return run_primary(node, booted_as=booted_as)[1]
+
+
+def _run_standby(node: Node) -> int:
+    data, taken = run_standby(node)
+    while data.state is standby.State.SPENT:
         data, taken = run_standby(node)
-        while data.state is standby.State.SPENT:
-            data, taken = run_standby(node)
-        return exit_code_of(data) if taken is None else _run_taken(node, taken)[1]
+    return exit_code_of(data) if taken is None else _run_taken(node, taken)[1]
 
 
 def _run_node(node: Node) -> int:
@@ -104,7 +125,8 @@ class _Election:
 
         Asks, as long as the arbiter does not answer, or the disk does not take a term; one that may be claimed is.
 
-        :raise ConfigError: the arbiter refuses us, or an operator ended the node before it answered.
+        :raise ConfigError: the arbiter refuses us.
+        :raise _StoppedError: an operator has ended the node.
         """
         arbiter = self.node.arbiter
         assert arbiter is not None
@@ -135,12 +157,19 @@ class _Election:
             self._pause(ASK_GAP_S)
 
     def _pause(self, seconds: float) -> None:
-        if select.select([self.node.signals.fileno()], [], [], seconds)[0]:
-            raise ConfigError(
-                "ended before it was known who runs the VM",
-                operation="start the node",
-                hint="see that the arbiter is reachable",
-            )
+        """Wait, and tell who asks meanwhile what for."""
+        node = self.node
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            select.select([node.signals.fileno(), node.control.fileno()], [], [], left_s)
+            if (name := node.signals.take()) is not None:
+                raise _StoppedError(f"{name} received")
+            for client, command in node.control.take():
+                status = node.report.status(peer=None, committed=0)
+                if isinstance(command, StatusCommand):
+                    client.answer(ok=True, status=asdict(status))
+                else:
+                    client.refuse(f"the state is {status.state}: {status.reason}", "wait until the node has a role")
 
     def _tell(self, reason: str) -> None:
         self.node.report.tell("node", "STARTING", self.node.terms.terms.held, reason)

@@ -83,7 +83,6 @@ def run_switch(config: SwitchConfig, events: Path | None, *, remove: bool) -> in
         gates = BridgePlane(plane, config)
         server = SwitchServer(listener, context, gates, claims, name=config.own_name, report=_RefusalLog(log))
         stack.callback(server.close)
-        config.runtime_dir.mkdir(parents=True, exist_ok=True)
         path = switch_control_path(config.runtime_dir, config.bridge)
         control = stack.enter_context(ControlSocket(path, whose=f"bridge: another agent of {config.bridge!r}"))
         hurry(Urgency.DECIDE)

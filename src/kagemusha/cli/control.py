@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kagemusha.agents.control import ControlClient, control_path, switch_control_path
-from kagemusha.errors import FencedError, TransientError
+from kagemusha.errors import RefusedError, TransientError
 from kagemusha.model.config import Config
 from kagemusha.model.switch_config import SwitchConfig
 
@@ -100,5 +100,5 @@ def _answer_at(path: Path, whom: str, timeout_s: float, **command: Any) -> dict[
             hint="is it running on this host, with this configuration file?",
         ) from error
     if not answer.get("ok"):
-        raise FencedError(answer.get("error", "refused"), operation=str(command["command"]), hint=answer.get("hint"))
+        raise RefusedError(answer.get("error", "refused"), operation=str(command["command"]), hint=answer.get("hint"))
     return answer

@@ -41,7 +41,16 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the repor
 PngOption = Annotated[Path, typer.Option("--png", help="Write the timeline.", metavar="FILE")]
 
 
+OF_HOSTS = ("epoch_ms", "vcpus", "kill", "compression", "profile", "png_file")
+OF_SWITCH = ("calls", "companions", "come_back")
+
+
+def _option(name: str) -> str:
+    return {"png_file": "--png", "come_back": "--come-back"}.get(name, f"--{name.replace('_', '-')}")
+
+
 def demo(
+    context: typer.Context,
     topology: TopologyOption = TopologyChoice.HOSTS,
     epoch_ms: EpochOption = None,
     ram_mb: RamOption = None,
@@ -66,6 +75,9 @@ def demo(
     With --topology switch, host A runs a VM that answers calls and host B three others, each other's standbys, held at
     the switch. Of the other options, --seconds, --ram-mb, --lease-ms, --seed, --json and --keep count there, too.
     """
+    for name in OF_HOSTS if topology is TopologyChoice.SWITCH else OF_SWITCH:
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise typer.BadParameter(f"does not go with --topology {topology.value}", param_hint=_option(name))
     if topology is TopologyChoice.SWITCH:
         from kagemusha.switch_demo.command import run_switch_demo_command
         from kagemusha.switch_demo.options import RAM_MB, SwitchDemoOptions

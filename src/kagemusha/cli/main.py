@@ -1,7 +1,7 @@
 """``kage``: entry point and commands. Parses, calls, and turns errors into exit codes; decides nothing.
 
 Exit codes: 0 done; 1 bug or unexpected failure; 2 wrong configuration or command line; 3 this VM or host
-cannot be protected; 4 fenced (another instance is active); 5 QEMU failed; 6 the peer failed.
+cannot be protected; 4 fenced (another instance is active); 5 QEMU failed; 6 the peer failed; 7 not in this state.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,6 @@ from kagemusha.errors import ConfigError, TransientError
 
 if TYPE_CHECKING:
     from kagemusha.gate.rulebase.version import RuleVersion
-    from kagemusha.model.config import Config
     from kagemusha.model.rule_policy import RulesTable
 
 Answer = dict[str, Any]
@@ -183,14 +181,14 @@ class RuleBase:
         """:raise ConfigError: there is no such VM, or several."""
         from kagemusha.gate.rulebase.client import RulesClient
         from kagemusha.gate.rulebase.sockets import socket_path
-        from kagemusha.model.config import Config
+        from kagemusha.model.config import Config, load
 
         table, mac = None, None
         state_dir, runtime_dir = (Config.model_fields[key].default for key in ("state_dir", "runtime_dir"))
         if config_file is not None:
-            config = _load(config_file)
+            config = load(config_file, role=None)
             state_dir, runtime_dir, mac = config.state_dir, config.runtime_dir, config.network.mac
-            table = _rules_table(config)
+            table = config.rules
             if vm not in (None, config.vm.name):
                 raise ConfigError(f"--vm {vm}: {config_file} is about {config.vm.name}", hint="leave one of them out")
             vm = config.vm.name
@@ -248,24 +246,6 @@ class RuleBase:
             caller = Caller(AuthorKind.HOST, user_name(os.getuid()))
             operations = Operations(book, None, time.monotonic)
             return operations.answer(parse_request(json.dumps(request).encode()), caller)
-
-
-def _load(path: Path) -> Config:
-    """A configuration file of either role."""
-    from kagemusha.model.config import load
-
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(str(error), operation=f"read {path}") from error
-    return load(path, role="primary" if "primary" in raw else "standby")
-
-
-def _rules_table(config: Config) -> RulesTable:
-    from kagemusha.model.rule_policy import RulesTable
-
-    table = getattr(config, "rules", None)
-    return table if isinstance(table, RulesTable) else RulesTable()
 
 
 def _only_vm(state_dir: Path, runtime_dir: Path) -> str:

@@ -34,6 +34,8 @@ def switch(
     from kagemusha.agents.switch import run_switch
     from kagemusha.model.switch_config import load_switch
 
+    if json_output and not status:
+        raise typer.BadParameter("it is the form of --status", param_hint="--json")
     loaded = load_switch(config)
     if status:
         from kagemusha.cli.control import switch_status

@@ -131,6 +131,7 @@ def launch(
             arguments,
             pass_fds=(tap_fd,),
             stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the worker, which ends QEMU when what was held has left
             preexec_fn=_prepare,
         )
     except OSError as error:

@@ -15,11 +15,13 @@ from kagemusha.kernel.process import mapping_at, other_mappers, parse_maps
 from kagemusha.model.memory import PAGE_BYTES, MemoryImage, RamBlock
 
 LIST_RAM_BLOCKS = ("human-monitor-command", {"command-line": "info ramblock"})
+LIST_NETWORK = ("human-monitor-command", {"command-line": "info network"})
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _BLOCK_LINE = re.compile(
     r"^\s*(?P<name>\S.*?)\s+(?P<size>[0-9]{1,10}) (?P<unit>B|KiB|MiB|GiB)"
     r"\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x[0-9a-f]+\s+0x(?P<hva>[0-9a-f]+)(?:\s+r[ow])?\s*$"
 )
+_NIC_LINE = re.compile(r"^(?:\s*\\ )?(?P<name>\S.*?): index=[0-9]+,type=nic,", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +91,11 @@ def inspect(session: QmpSession) -> Machine:
 def refuse_unprotectable(session: QmpSession, pid: int, image: MemoryImage) -> None:
     """Check that nothing stands against protecting this VM.
 
-    :raise UnsupportedError: a device blocks migration, or another process maps the guest's memory: its
-        writes would not be seen by the dirty tracking.
+    :raise UnsupportedError: a device blocks migration; the guest can write to a disk, or has a second NIC: nobody
+        copies the one, nor holds what leaves by the other; or another process maps the guest's memory: its writes
+        would not be seen by the dirty tracking.
     """
-    reasons = session.execute("query-migrate").get("blocked-reasons", [])
-    if reasons:
-        raise UnsupportedError(
-            "a device of this VM cannot be replicated: " + "; ".join(str(reason) for reason in reasons),
-            operation="check the VM",
-            hint="remove the device from the VM",
-        )
+    _refuse_devices(session)
     maps = parse_maps(pid)
     for block in image.blocks:
         mapping = mapping_at(maps, block.host_addr)
@@ -114,3 +111,38 @@ def refuse_unprotectable(session: QmpSession, pid: int, image: MemoryImage) -> N
                 operation="check the VM",
                 hint="vhost-user and DPDK back ends are not supported; use a tap",
             )
+
+
+def parse_nics(text: str) -> tuple[str, ...]:
+    """The names of the guest's NICs in a print of ``info network``."""
+    return tuple(match["name"] for match in _NIC_LINE.finditer(text.replace("\r", "")))
+
+
+def _refuse_devices(session: QmpSession) -> None:
+    reasons = session.execute("query-migrate").get("blocked-reasons", [])
+    if reasons:
+        raise UnsupportedError(
+            "a device of this VM cannot be replicated: " + "; ".join(str(reason) for reason in reasons),
+            operation="check the VM",
+            hint="remove the device from the VM",
+        )
+    writable = [
+        str(each["device"] or each.get("qdev", "?"))
+        for each in session.execute("query-block")
+        if "inserted" in each and not each["inserted"]["ro"]
+    ]
+    if writable:
+        raise UnsupportedError(
+            f"the guest can write to {', '.join(writable)}, which is not replicated: after a takeover its disk would "
+            "be of another time than its memory",
+            operation="check the VM",
+            hint="detach the disk, or make it read-only; disks are not replicated yet",
+        )
+    command, arguments = LIST_NETWORK
+    nics = parse_nics(str(session.execute(command, arguments)))
+    if len(nics) > 1:
+        raise UnsupportedError(
+            f"the VM has {len(nics)} NICs ({', '.join(nics)}), and what leaves by all but one would not be held",
+            operation="check the VM",
+            hint="leave it one: kage makes that itself (vm.command), or takes network.tap (vm.qmp)",
+        )

@@ -306,9 +306,10 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _lease_outlives_heartbeats(self) -> Self:
-        if self.primary is not None and 2 * self.primary.heartbeat_ms > self.lease.duration_ms:
+        primary = self.primary or (PrimaryTable() if self.hosts else None)
+        if primary is not None and 2 * primary.heartbeat_ms > self.lease.duration_ms:
             raise ValueError(
-                f"primary.heartbeat_ms ({self.primary.heartbeat_ms}) must be at most half of "
+                f"primary.heartbeat_ms ({primary.heartbeat_ms}) must be at most half of "
                 f"lease.duration_ms ({self.lease.duration_ms}), which one lost heartbeat would end"
             )
         return self
