@@ -297,6 +297,12 @@ class Site:
         """Namespaces that commands have made and left so far."""
         return set(namespaces_with(self.name)) - set(self._own)
 
+    def reboot(self, host: Host) -> None:
+        """What a power failure leaves of a host besides its disk: nothing of what its commands made."""
+        for role in ("primary", "standby"):
+            if (name := f"kg-{self.name}-{role}") in self.namespaces() and HOME[role] == host:
+                subprocess.run(["ip", "netns", "del", name], check=True)
+
     @property
     def _own(self) -> tuple[str, ...]:
         return (self.topology.client, self.topology.switch, self.topology.arbiter, *self.topology.hosts.values())

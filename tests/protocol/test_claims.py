@@ -272,6 +272,14 @@ def test_an_operator_ends_the_wait_for_the_arbiter() -> None:
     assert effects == [s.DropClaim(), *takeover, s.NoteTerm(Term(2))]
 
 
+def test_an_operator_who_asks_twice_or_when_the_answer_has_come_changes_nothing() -> None:
+    forced = s.Forced("I have pulled the plug of the other")
+    decided, _ = drive_standby(claiming(), [forced])
+    assert s.advance(decided, forced) == (decided, ())
+    decided, _ = drive_standby(claiming(), [s.ClaimWon(Term(2))])
+    assert s.advance(decided, forced) == (decided, ())
+
+
 def test_a_standby_with_an_open_claim_does_not_stop_but_one_that_fails_claims_no_more() -> None:
     data, effects = drive_standby(claiming(), [s.StopRequested("SIGTERM")])
     assert (data.state, effects) == (s.State.CLAIMING, [])

@@ -22,6 +22,7 @@ SOON = 100_000
 SEEDS = (1, 2, 3)
 LATER = {
     "accept-while-claiming": 1_000_000,
+    "doubt-forgotten": 500_000,
     "obey-old-claims": 300_000,
     "wall-clock-lease": 300_000,
     "send-uncommitted": 300_000,
@@ -37,6 +38,8 @@ NEVER_TAKEN = {
     ),
     # A claim that was won ends the state in which it was made, and each role has its own.
     *(f"standby {state} ClaimWon" for state in ("WAITING", "SYNCING", "PROTECTING")),
+    # An operator is refused where no claim is open, unless a claim ends in that moment.
+    *(f"standby {state} Forced" for state in ("WAITING", "SYNCING", "PROTECTING", "ACTIVE")),
     # A hand-over is sent only after a checkpoint; what was being applied is waited for before a session is accepted.
     *(f"standby SYNCING {event}" for event in ("GuestDied", "CheckpointApplied")),
 }
@@ -64,6 +67,7 @@ SELDOM = {
     *(f"standby {state} Failed" for state in ("CLAIMING", "TAKING_OVER", "ACTIVATING", "UNHEARD")),
     *(f"standby {state} LeaseOver" for state in ("TAKING_OVER", "ACTIVATING")),
     *(f"standby TAKING_OVER {event}" for event in ("PrimaryConnected", "StopRequested")),
+    *(f"standby {state} Forced" for state in ("TAKING_OVER", "ACTIVATING", "UNHEARD")),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from itertools import count
 
@@ -18,6 +19,8 @@ from kagemusha.chaos.etcd import EtcdServer
 from kagemusha.chaos.fault_points import POINT_FAULTS
 from kagemusha.chaos.form import Form
 from kagemusha.chaos.runner import Runner
+from kagemusha.demo.sides import STREAM_PORT
+from kagemusha.demo.topology import inside
 from kagemusha.failover.arbiter import Claimed
 from kagemusha.failover.etcd_arbiter import EtcdArbiter
 from kagemusha.kernel import netns
@@ -124,6 +127,21 @@ def test_a_primary_that_cannot_record_its_claim_does_not_claim_and_its_guest_liv
     assert newest(cluster) != before
     assert cluster.wait_protected()[0] == active
     cluster.repair()
+
+
+def test_a_primary_that_cannot_record_a_term_is_protected_again_once_it_can(runner: Runner) -> None:
+    """Its connection is reset: it would claim the next term, and the next session is of the one after that."""
+    cluster = runner.cluster
+    active, _ = cluster.wait_protected()
+    (qemu,) = cluster.nodes[active].part("qemu")
+    cluster.fill_disk(active)
+    reset = ["ss", "--kill", "state", "established", "dport", "=", str(STREAM_PORT)]
+    subprocess.run(inside(cluster.topology.hosts[active], reset), check=True, capture_output=True)
+    wait_refused_by_disk(cluster, active, "SYNCING")
+    cluster.free_disk(active)
+    assert cluster.wait_protected()[0] == active
+    assert [each.pid for each in cluster.nodes[active].part("qemu")] == [qemu.pid]
+    cluster.wait(cluster.guest_answers, "the guest answers")
 
 
 def test_a_standby_that_cannot_record_its_claim_does_not_claim_and_keeps_its_checkpoint(runner: Runner) -> None:

@@ -8,6 +8,7 @@ anything: the worker performs the machine's effects with it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from kagemusha.agents.epoch_log import CapturedEpoch, EpochLog
 from kagemusha.agents.eventlog import EventLog
@@ -124,10 +125,10 @@ class EpochCycle:
         self._captured = (capture, sealed)
         reach(Fault.PRIMARY_CAPTURED)
 
-    def resume(self, rules: bytes) -> None:
+    def resume(self, rules: Callable[[], bytes]) -> None:
         """The guest goes on; what its pause need not wait for is done now.
 
-        :param rules: the rule set that goes with the checkpoint; empty: as before.
+        :param rules: asked if there is a checkpoint: the rule set that goes with it; empty: as before.
         :raise UnsupportedError: the VM's memory was changed; this checkpoint would not fit the standby's machine.
         """
         control = self._parts.control
@@ -136,7 +137,7 @@ class EpochCycle:
             return
         control.begin_resume()
         capture, sealed = self._captured
-        checkpoint = self.finish_capture(rules)
+        checkpoint = self.finish_capture(rules())
         pause = control.wait_resumed()
         reach(Fault.PRIMARY_RESUMED)
         self._orders.observed(self._order, pause.pause_us)

@@ -41,30 +41,31 @@ GATE_COUNT_S = 1.0
 RECORD_RETRY_S = 0.5
 LEISURELY = (State.ALONE, State.SYNCING)
 """Nobody relies on the standby, and there may be much to copy."""
+HAND_OVER_S = 5.0
+"""How long a guest stands for a standby that was to take over and lives, but does not commit the last checkpoint."""
 ALWAYS = (protocol.KillGuest, protocol.ResumeGuest, protocol.DropSession, protocol.DropClaim, protocol.CloseOutput)
 
 
 class PrimaryWorker:
     """Runs one VM's primary until it ends, is fenced or is gone."""
 
-    def __init__(self, node: Node, parts: PrimaryParts, *, first_epoch: Epoch, in_doubt: bool) -> None:
-        """:param in_doubt: the guest ran under a worker that was killed, and its gate is closed."""
+    def __init__(self, node: Node, parts: PrimaryParts, *, first_epoch: Epoch) -> None:
         config = node.config
         assert config.primary is not None
         self._node = node
         self._config = config
         self._settings = config.primary
         self._parts = parts
-        self._in_doubt = in_doubt
         self._log = node.log
-        self._data, self._first_effects = protocol.initial(
+        self._data, first_effects = protocol.initial(
             node.terms.terms.held,
             tried=node.terms.terms.tried,
             standby_loss=config.primary.on_standby_loss if parts.claimant is None else "claim",
-            in_doubt=in_doubt,
+            in_doubt=parts.in_doubt,
             first_epoch=first_epoch,
         )
         self._events: deque[protocol.Event] = deque()
+        self._effects: deque[protocol.Effect] = deque(first_effects)
         self._cycle = EpochCycle(parts, config.primary, node.log)
         self._connect_t: float | None = None
         self._call_at_once = False
@@ -75,7 +76,8 @@ class PrimaryWorker:
         self._reason = "started"
         self._claim_said = self._no_standby = ""
         self._unrecorded: Term | None = None
-        self._record_t = 0.0
+        self._record_t = self._resume_by_t = 0.0
+        self._unrecordable = ""
         self._failure: KageError | None = None
         self._lost: set[str] = set()
         self._guest_ended_well = False
@@ -98,8 +100,7 @@ class PrimaryWorker:
         :raise KageError: the reason why protection could not go on.
         """
         self._rules.begin()
-        for effect in self._first_effects:
-            self._guarded(self._perform, effect)
+        self._perform_all()
         if self._data.state is State.ALONE:
             self._guarded(self._perform, protocol.NoteTerm(self._data.term))
         self._log_state()
@@ -107,8 +108,9 @@ class PrimaryWorker:
             self._parts.ship.sign_of_life()
             self._observe(self._wait())
             self._step_all()
-            self._guarded(self._act)
-            self._step_all()
+            if not self._effects:
+                self._guarded(self._act)
+                self._step_all()
         self._log.write(Ended(t=time.monotonic(), role="primary", reason=self._told, exit_code=self.exit_code))
         if self._failure is not None:
             raise self._failure
@@ -285,7 +287,7 @@ class PrimaryWorker:
 
     def _resume_left(self) -> None:
         """A killed predecessor left the guest silent, perhaps paused. Nobody else will run it, so it may go on."""
-        if self._in_doubt:
+        if self._parts.in_doubt:
             self._parts.control.resume_left()
 
     def _may_connect(self) -> bool:
@@ -336,6 +338,9 @@ class PrimaryWorker:
                     self._converged = False
                     self._cycle.look_ahead()
                     self._events.append(protocol.Converged())
+        elif state is State.HANDING_OVER and now >= self._resume_by_t:
+            self._reason = f"the standby did not commit the last checkpoint within {HAND_OVER_S:g} s"
+            self._events.append(protocol.LinkLost(self._reason))
         elif state is State.RUNNING and now >= self._due_t() and self._can_capture():
             if self._settings.measure_floor and self._data.epoch % FLOOR_EVERY_EPOCHS == 0:
                 self._measure_floor()
@@ -393,22 +398,60 @@ class PrimaryWorker:
     # --- the machine and its effects ----------------------------------------------------------------------------
 
     def _step_all(self) -> None:
-        while self._events:
+        self._perform_all()
+        while self._events and not self._effects:
             event = self._events.popleft()
             if self._data.state in protocol.TERMINAL:
                 self._events.clear()
                 return
             self._data, effects = protocol.advance(self._data, event)
             self._pace.set(urgent=self._data.state not in LEISURELY)
-            failed = False
-            for effect in effects:
-                # What follows may rest on what failed; but what ends a pause, a session or a guest does not.
-                if not failed or isinstance(effect, ALWAYS):
-                    failed |= not self._guarded(self._perform, effect)
+            self._effects.extend(effects)
+            self._perform_all()
             if self._data.state not in protocol.PAUSED:  # whoever reads it can wait until the guest runs
                 self._log_state()
             if self._switchover_clients:
                 self._answer_switchover()
+
+    def _perform_all(self) -> None:
+        """The effects of one event. What follows may rest on what failed; but what ends a pause, a session or a guest
+        does not. Those behind something that a full disk does not take wait until it does, and so do further events.
+        """
+        failed = False
+        while self._effects and time.monotonic() >= self._record_t:
+            effect = self._effects[0]
+            if not failed and not self._recorded(effect):
+                return
+            self._effects.popleft()
+            if not failed or isinstance(effect, ALWAYS):
+                failed |= not self._guarded(self._perform, effect)
+        self._forget_doubt()
+
+    def _recorded(self, effect: protocol.Effect) -> bool:
+        """Whether what has to be on the disk before this effect is there."""
+        terms = self._node.terms
+        try:
+            match effect:
+                case protocol.RecordTerm() if self._data.state not in protocol.TERMINAL:
+                    terms.record(effect.term, own=True)
+                case protocol.StartSync() if self._node.arbiter is None:
+                    terms.record_doubt(True)
+        except TransientError as error:
+            self._record_t = time.monotonic() + RECORD_RETRY_S
+            self._unrecordable = str(error)
+            self._log_state()
+            return False
+        if self._unrecordable:
+            self._unrecordable = ""
+            self._log_state()
+        return True
+
+    def _forget_doubt(self) -> None:
+        """If that cannot be recorded, the next start asks the standby for nothing."""
+        over = self._data.state in protocol.TERMINAL - {State.ENDED}
+        if self._node.terms.terms.doubt and not (self._data.doubtful or over):
+            with suppress(TransientError):
+                self._node.terms.record_doubt(False)
 
     def _guarded(self, action: Callable[..., None], *arguments: object) -> bool:
         """What goes wrong in an action is one more event; whether nothing did."""
@@ -441,11 +484,12 @@ class PrimaryWorker:
             case protocol.SaveDevices():
                 pass  # asked for together with the stop, and awaited by the capture
             case protocol.ResumeGuest():
-                self._cycle.resume(self._rules.to_ship())
+                self._cycle.resume(self._rules.to_ship)
                 if self._data.state is State.RESUMING:
                     self._events.append(protocol.GuestResumed())
             case protocol.Ship():
                 if self._cycle.unfinished:  # the guest stands for good
+                    self._resume_by_t = time.monotonic() + HAND_OVER_S
                     self._cycle.finish_last(self._rules.to_ship())
                 parts.ship.order(orders.SendCheckpoint(self._cycle.sealed(effect.epoch)))
             case protocol.Release():
@@ -499,12 +543,10 @@ class PrimaryWorker:
         match effect:
             case protocol.RecordTried():
                 self._record_tried(effect.term)
+            case protocol.RecordTerm() if self._data.state in protocol.TERMINAL:
+                self._node.terms.record(effect.term, own=False)
             case protocol.RecordTerm():
-                elsewhere = protocol.TERMINAL - {State.ENDED}
-                own = self._data.state not in elsewhere
-                self._node.terms.record(effect.term, own=own)
-                if own:
-                    self._parts.output.set_term(effect.term)
+                self._parts.output.set_term(effect.term)
             case protocol.Claim() if claimant is not None:
                 if self._unrecorded is None:
                     claimant.claim(effect.term)
@@ -539,7 +581,7 @@ class PrimaryWorker:
         if self._data.state is State.ENDED:
             return self._data.end_reason or self._reason
         more = (self._claim_said, self._no_standby) if self._data.state in protocol.DISCONNECTED else ()
-        return "; ".join(filter(None, (self._reason, *more, self._parts.output.trouble)))
+        return "; ".join(filter(None, (self._reason, *more, self._unrecordable, self._parts.output.trouble)))
 
     def _log_state(self) -> None:
         """Tell what an operator would call a change; the steps of the cycle are none."""
@@ -560,12 +602,6 @@ def run_primary(
         parts = set_up(node, stack, taken, booted_as=booted_as, listens=listens)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection needs to look at it during a pause
-        # The network that a standby had from a killed predecessor is open by now, and nothing is in doubt.
-        worker = PrimaryWorker(
-            node,
-            parts,
-            first_epoch=FIRST_EPOCH if taken is None else taken.next_epoch,
-            in_doubt=taken is None and parts.network.recovered,
-        )
+        worker = PrimaryWorker(node, parts, first_epoch=FIRST_EPOCH if taken is None else taken.next_epoch)
         stack.callback(worker.close)
         return worker.run(), worker.exit_code

@@ -138,7 +138,11 @@ class ShipProcess:
 
 @dataclass(frozen=True, slots=True)
 class PrimaryParts:
-    """What the worker works with. ``claimant``: None without an arbiter."""
+    """What the worker works with.
+
+    :ivar claimant: None without an arbiter.
+    :ivar in_doubt: a standby of an earlier worker's may take over; the gate is closed.
+    """
 
     network: GateNetwork
     output: Output
@@ -151,6 +155,7 @@ class PrimaryParts:
     start_rules: Callable[[], RulesProcess]
     claimant: Claimant | None
     inbound: InboundCopy
+    in_doubt: bool
 
     @property
     def gate(self) -> OutputGate:
@@ -183,9 +188,9 @@ def set_up(
         machine = _protectable(session, qemu)
         control = _control(session, stack)
         with control.standing():  # what it sent while its tap moves would be lost
-            network = _open_network(config, stack, close=lambda network: _give_back(control, network))
+            network = _open_network(node, stack, close=lambda network: _give_back(control, network))
     else:
-        network = _open_network(config, stack)
+        network = _open_network(node, stack)
         qemu, session = _launch(config, network)
         stack.callback(qemu.close)
         stack.callback(qemu.stop)
@@ -215,7 +220,7 @@ def set_up(
     identity = booted_as or identity_of(node, qemu)
     claimant = make_claimant(node, identity, stack)  # forks, before there is a connection to the switch, and its thread
     first_epoch = FIRST_EPOCH if taken is None else taken.next_epoch
-    in_doubt = taken is None and network.recovered
+    in_doubt = taken is None and _is_in_doubt(node, network)
     return PrimaryParts(
         network,
         _in_host(config, network, gate)
@@ -230,6 +235,7 @@ def set_up(
         start_rules=lambda: RulesProcess(config, network, guest_port),
         claimant=claimant,
         inbound=inbound,
+        in_doubt=in_doubt,
     )
 
 
@@ -273,14 +279,22 @@ def _give_back(control: GuestControl, network: GateNetwork) -> None:
 
 
 def _open_network(
-    config: Config, stack: ExitStack, *, close: Callable[[GateNetwork], None] = GateNetwork.close
+    node: Node, stack: ExitStack, *, close: Callable[[GateNetwork], None] = GateNetwork.close
 ) -> GateNetwork:
+    config = node.config
     switched = config.held_at is not None
     network = GateNetwork.build(config.vm.name, "primary", config.network, switched=switched)
     stack.callback(close, network)
-    if not network.recovered:
+    if not _is_in_doubt(node, network):
         network.set_mode(GateMode.PASS)
     return network
+
+
+def _is_in_doubt(node: Node, network: GateNetwork) -> bool:
+    """Whether a standby may take over from a guest that ran here before: a worker was killed, or all of the host, and
+    no arbiter was asked who runs the VM now.
+    """
+    return network.recovered or (node.arbiter is None and node.terms.terms.doubt)
 
 
 def _attach(qmp: Path) -> tuple[QemuProcess, QmpSession]:

@@ -59,6 +59,13 @@ class _StoppedError(Exception):
 
 def _run_primary(node: Node) -> int:
     booted_as = None
+    terms = node.terms.terms
+    if node.arbiter is None and terms.known and not terms.own:
+        raise FencedError(
+            f"another host was the last to run the VM (term {terms.held})",
+            operation="start the primary",
+            hint=f"run kage standby here; or remove {node.terms.path}, if the VM neither runs elsewhere nor ever will",
+        )
     if node.arbiter is not None and node.config.vm.command is not None:
         booted_as = _Election(node, True).may_boot()
         if booted_as is None:

@@ -1,4 +1,4 @@
-"""The newest terms this host knows for a VM, on disk: the one held, and the one claimed.
+"""What a host has to know of a VM after a restart, on disk: the newest term held, the newest claimed, and a doubt.
 
 A side writes the term it goes on with before its guest is heard in it, so that after a restart it still refuses the
 old primary; and the term it claims before it claims it, so that it never takes an old answer for a new one. The file
@@ -25,6 +25,7 @@ class Terms:
     :ivar tried: the newest that this host has claimed or agreed to, with or without success; at least ``held``.
     :ivar agreed: the newest that it agreed to as a standby; 0: none.
     :ivar own: in ``held`` the guest ran here.
+    :ivar doubt: a standby of the guest that ran here may have taken over (``protocol.primary.Data.doubtful``).
     :ivar known: something was ever recorded here.
     """
 
@@ -32,15 +33,19 @@ class Terms:
     tried: Term = FIRST_TERM
     agreed: Term = NO_TERM
     own: bool = False
+    doubt: bool = False
     known: bool = False
 
 
 class TermFile:
-    """``<state_dir>/<vm>.term``: held, tried and agreed, decimal, and 1 or 0 for ``own``."""
+    """``<state_dir>/<vm>.term``: held, tried and agreed, decimal, and 1 or 0 for ``own`` and ``doubt``.
+
+    :ivar path: of the file.
+    """
 
     def __init__(self, state_dir: Path, vm: str) -> None:
         """:raise ConfigError: the folder cannot be made, or the file is there but does not hold terms."""
-        self._path = state_dir / f"{vm}.term"
+        self.path = state_dir / f"{vm}.term"
         try:
             state_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,24 +56,25 @@ class TermFile:
 
     def _read(self) -> Terms:
         try:
-            held, tried, agreed, own = (int(word) for word in self._path.read_text(encoding="ascii").split())
+            held, tried, agreed, own, doubt = (int(word) for word in self.path.read_text(encoding="ascii").split())
         except FileNotFoundError:
             return Terms()
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{self._path} does not hold terms: {error}",
+                f"{self.path} does not hold terms: {error}",
                 operation="read the terms",
                 hint="restore it, or remove it if this VM never failed over",
             ) from error
         held_term = Term(max(FIRST_TERM, held))
-        return Terms(held_term, Term(max(held_term, tried)), Term(agreed), own == 1, known=True)
+        return Terms(held_term, Term(max(held_term, tried)), Term(agreed), own == 1, doubt == 1, known=True)
 
     def record(self, term: Term, *, own: bool) -> None:
         """Make durable that a guest runs in ``term``, here or elsewhere.
 
         :raise TransientError: the disk refuses.
         """
-        self._write(replace(self.terms, held=term, tried=max(term, self.terms.tried), own=own, known=True))
+        doubt = self.terms.doubt and own
+        self._write(replace(self.terms, held=term, tried=max(term, self.terms.tried), own=own, doubt=doubt, known=True))
 
     def record_agreed(self, term: Term) -> None:
         """Make durable that ``term`` was agreed to with a primary.
@@ -84,12 +90,20 @@ class TermFile:
         """
         self._write(replace(self.terms, tried=max(term, self.terms.tried), known=True))
 
+    def record_doubt(self, doubt: bool) -> None:
+        """Make durable whether a standby may take over from the guest that runs here.
+
+        :raise TransientError: the disk refuses.
+        """
+        if doubt != self.terms.doubt:
+            self._write(replace(self.terms, own=True, doubt=doubt, known=True))
+
     def _write(self, terms: Terms) -> None:
         try:
-            self._replace(f"{terms.held} {terms.tried} {terms.agreed} {int(terms.own)}\n")
+            self._replace(f"{terms.held} {terms.tried} {terms.agreed} {int(terms.own)} {int(terms.doubt)}\n")
         except OSError as error:
             raise TransientError(
-                f"{self._path} cannot be written: {error.strerror}",
+                f"{self.path} cannot be written: {error.strerror}",
                 operation="record the term",
                 hint="make room for it",
             ) from error
@@ -98,14 +112,14 @@ class TermFile:
 
     def _replace(self, text: str) -> None:
         reach(Fault.TERM_RECORDING)
-        temporary = self._path.with_suffix(".term.new")
+        temporary = self.path.with_suffix(".term.new")
         with open(temporary, "w", encoding="ascii") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         reach(Fault.TERM_WRITTEN)
-        os.replace(temporary, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.replace(temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:

@@ -199,6 +199,13 @@ class Data:
             return "PROTECTED" if self.covered else State.SYNCING.name
         return "DEGRADED" if self.state is State.ALONE else self.state.name
 
+    @property
+    def doubtful(self) -> bool:
+        """A standby may take over, now or before this side learns that it can. It has to be durable from before the
+        first checkpoint until this is over: whoever boots the VM here again without an arbiter is ``in_doubt``.
+        """
+        return self.session or self.promised
+
 
 Result = tuple[Data, tuple[Effect, ...]]
 
@@ -213,8 +220,8 @@ def initial(
 ) -> tuple[Data, tuple[Effect, ...]]:
     """A primary that has just started and looks for its standby, and what it begins with.
 
-    :param in_doubt: the guest ran under a worker that was killed: its standby may be about to take over. Its gate
-        has to be closed or to hold.
+    :param in_doubt: the guest ran under a worker that was killed, or runs again after all of its host died, and nobody
+        else can say who runs the VM: its standby may be about to take over. Its gate has to be closed or to hold.
     :param first_epoch: the epoch it is in.
     """
     alone = Data(State.ALONE, term, max(term, tried), standby_loss, first_epoch)

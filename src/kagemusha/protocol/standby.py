@@ -325,7 +325,7 @@ def _stop_active(data: Data, event: StopRequested) -> Result:
 
 def _ignore(data: Data, event: Event) -> Result:
     """Too late to matter: the last apply or the break of a session that has ended, the answer to a claim that has been
-    settled otherwise, or a stop while the guest comes to life.
+    settled otherwise, an operator's word in its place, or a stop while the guest comes to life.
     """
     return data, ()
 
@@ -346,6 +346,7 @@ TABLE: Table[Data, Effect] = {
     **on((*BEFORE, *DECIDED), ClaimWon, _ignore),
     **on((*BEFORE, *DECIDED), ClaimLost, _ignore),
     **on((State.CLAIMING,), Forced, _forced),
+    **on((*BEFORE, *DECIDED), Forced, _ignore),
     **on((State.PROTECTING,), GuestDied, _handed_over),
     **on((State.SYNCING,), GuestDied, _nothing_to_take_over),
     **on((State.SYNCING, State.PROTECTING), PrimaryLeft, _primary_left),

@@ -180,7 +180,8 @@ def _promote(world: World, node: Node, number: int) -> None:
             other.guest_dies()
             other.stays_down = True
     event = p.Forced("operator") if isinstance(role, PrimaryRole) else s.Forced("operator")
-    world.agenda.later(0.0, node.worker, role.tell_if_it_fits, event)
+    for delay_s in (0.0, world.chance.random() / 100):  # and once more, when nothing seems to happen
+        world.agenda.later(delay_s, node.worker, role.tell_if_it_fits, event)
 
 
 FAULTS: dict[str, Strike] = {

@@ -34,7 +34,7 @@ RESTART_S = 0.1
 
 
 class Node:
-    """One host. ``held``, ``tried``: the durable terms."""
+    """One host. ``held``, ``tried``, ``agreed``, ``own``, ``doubt``: what is durable."""
 
     def __init__(self, world: World, index: int, clock: Clock) -> None:
         self.world = world
@@ -47,7 +47,7 @@ class Node:
         if world.switch is not None:
             self.gate = Uplink(world, index, world.switch.ports)
         self.held = self.tried = self.agreed = 0
-        self.own = False
+        self.own = self.doubt = False
         self.role: PrimaryRole | StandbyRole | None = None
         self.up = False
         self.stays_down = False
@@ -74,6 +74,7 @@ class Node:
         """A guest runs in this term. ``own``: here."""
         self.world.judge.recorded(self.index, self.held, term)
         self.held, self.own = term, own
+        self.doubt &= own
         self.tried = max(self.tried, term)
 
     def record_tried(self, term: int) -> None:
@@ -95,7 +96,8 @@ class Node:
         self._boots += 1
         self._waits = False
         if not self.world.arbitrated:
-            self._as_standby() if self.index or self._boots > 1 else self._as_primary()
+            other = self.index or (self.held and not self.own)
+            self._as_standby() if other else self._as_primary(in_doubt=self.doubt)
             return
         self._ask()
 
@@ -175,15 +177,16 @@ class Node:
         self.gate.reset()
         self.role = StandbyRole(self)
 
-    def _as_primary(self, booted_as: str | None = None) -> None:
+    def _as_primary(self, booted_as: str | None = None, *, in_doubt: bool = False) -> None:
         if not self.held:
             self.record(1, own=True)
         guest = Guest(self.world.next_instance(), self.index, booted_as or self.world.next_name(), adopted=True)
         self.gate.reset()
         self.gate.guest = guest
-        self.gate.mode = Mode.PASS
+        if not in_doubt:
+            self.gate.mode = Mode.PASS
         self.start_frames()
-        self._take_primary(guest, FIRST_EPOCH)
+        self._take_primary(guest, FIRST_EPOCH, in_doubt=in_doubt)
 
     def _take_primary(self, guest: Guest, first_epoch: Epoch, *, in_doubt: bool = False) -> None:
         role = PrimaryRole(self, guest, in_doubt=in_doubt, first_epoch=first_epoch)

@@ -106,6 +106,8 @@ class PrimaryRole(Role):
     def settled(self) -> None:
         """Where it is alive it runs a guest in its term; where it is over the role ends."""
         data = self.data
+        if not data.doubtful and data.state not in GIVEN_AWAY:
+            self.node.doubt = False
         if data.state in p.TERMINAL:
             self.over = True
             self.claimant.open = False
@@ -256,6 +258,7 @@ class PrimaryRole(Role):
     # --- sessions -----------------------------------------------------------------------------------------------
 
     def _start_sync(self, effect: p.StartSync) -> None:
+        self.node.doubt = not self.world.weakness.doubt_forgotten
         if self.data.holding:
             self.output.go_on_holding()
         self._resume_left()

@@ -28,6 +28,7 @@ class Weakness:
     no_wait: bool = False
     renew_at_receipt: bool = False
     wall_clock: bool = False
+    doubt_forgotten: bool = False
     switch_table: Mapping[Any, Any] = field(default_factory=lambda: switch.TABLE)
     host_table: Mapping[Any, Any] = field(default_factory=lambda: switch_host.TABLE)
     keeps_held: bool = False
@@ -91,6 +92,7 @@ WEAKNESSES: dict[str, Weakness] = {
     "obey-old-claims": OBEY_OLD,
     "accept-while-claiming": ACCEPT,
     "wall-clock-lease": Weakness(wall_clock=True),
+    "doubt-forgotten": Weakness(doubt_forgotten=True),
 }
 """By the name of the guard that is missing."""
 

@@ -125,8 +125,6 @@ class World:
 
     def restart(self, node: Node, delay_s: float = 0.0) -> None:
         """A supervisor starts its worker again."""
-        if not self.arbitrated and node.index == 0 and node.gate.guest is None:
-            return  # nothing keeps a primary without an arbiter from booting the VM a second time
         self.agenda.later(RESTART_S + delay_s, self.network.ether, node.attach)
 
     def heal(self) -> None:
