@@ -61,6 +61,12 @@ for line in sys.stdin:
             file = os.memfd_create("target", os.MFD_HUGETLB)
             os.ftruncate(file, size)
             area = mmap.mmap(file, size)
+        elif kind == "hugetlb-file":
+            file = os.memfd_create("target", os.MFD_HUGETLB)
+            os.ftruncate(file, size)
+            with mmap.mmap(file, size) as filled:
+                filled[size - 1] = 1
+            area = mmap.mmap(file, size, flags=mmap.MAP_PRIVATE)
         elif kind in ("shared", "file"):
             file = os.memfd_create("target")
             os.ftruncate(file, size + 2 * (2 << 20))
@@ -193,7 +199,9 @@ class MemoryTarget:
         return int(answer)
 
     def region(self, kind: str, pages: int, *, protect: bool = True) -> Region:
-        """New memory: private, thp, shared (a memfd), file (a memfd mapped private), hugetlb, hugetlb-shared."""
+        """New memory: private, thp, shared (a memfd), file (a memfd mapped private), hugetlb, hugetlb-shared,
+        hugetlb-file (mapped private, its last page not empty).
+        """
         region = Region(self, self._regions, self.do("map", kind, pages * PAGE), pages * PAGE)
         self._regions += 1
         if protect:

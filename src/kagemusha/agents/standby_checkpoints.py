@@ -13,7 +13,7 @@ from kagemusha.agents.eventlog import EventLog
 from kagemusha.agents.standby_parts import StandbyParts
 from kagemusha.agents.standby_rules import StandbyRules
 from kagemusha.commit.applier import Applied, CommittedCheckpoint
-from kagemusha.errors import GuestError, KageError
+from kagemusha.errors import GuestError, KageError, UnsupportedError
 from kagemusha.model.config import Config
 from kagemusha.model.events import CheckpointApplied
 from kagemusha.model.ids import Epoch
@@ -75,7 +75,7 @@ class StandbyCheckpoints:
 
         :raise GuestError: the memory cannot be written.
         """
-        failure: OSError | None = None
+        failure: OSError | UnsupportedError | None = None
         while self._applying:
             select.select([self._parts.applier], [], [])
             while (applied := self.take_applied()) is not None:
@@ -89,7 +89,7 @@ class StandbyCheckpoints:
         self.device_state = b""
         try:
             self._parts.memory.clear()
-        except OSError as error:
+        except (OSError, UnsupportedError) as error:
             failure = error
         if failure is not None:
             raise _unwritable(failure)
@@ -106,5 +106,5 @@ class StandbyCheckpoints:
         )
 
 
-def _unwritable(error: OSError) -> GuestError:
+def _unwritable(error: OSError | UnsupportedError) -> GuestError:
     return GuestError(f"the standby's memory cannot be written: {error}")

@@ -6,33 +6,39 @@ SEEK_DATA and SEEK_HOLE lists what a tmpfs file (memfd, shared anonymous memory)
 included; a hole of any size takes a microsecond. /proc/PID/map_files opens the file of a mapping even where its
 name is gone; that needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
 
-Not for hugetlbfs, which does not tell its holes: its files look full.
+hugetlbfs does not tell its holes: its files look full. It counts its pages, though (st_blocks in stat(2)), also those
+that are mapped nowhere. Pages that a private mapping has of its own are not the file's, and not counted.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from kagemusha.errors import UnsupportedError
-from kagemusha.kernel.process import Mapping, parse_maps
+from kagemusha.kernel.process import Mapping, other_mappers, parse_maps
 from kagemusha.model.memory import PAGE_BYTES, Ranges
+
+STAT_BLOCK_BYTES = 512
 
 
 class MappedFiles:
     """The files mapped in ``[start, start + length)`` of a process, as they are mapped now."""
 
-    def __init__(self, pid: int, start: int, length: int) -> None:
+    def __init__(self, pid: int, start: int, length: int, *, maps: Sequence[Mapping] | None = None) -> None:
         """Open them.
 
+        :param maps: the process's memory map, if the caller has it.
         :raise GuestGoneError: the process is gone.
         :raise UnsupportedError: a file may not be opened.
         """
+        self._pid = pid
         self._files: list[tuple[int, Mapping]] = []
         try:
-            for mapping in parse_maps(pid):
+            for mapping in parse_maps(pid) if maps is None else maps:
                 if mapping.inode and mapping.start < start + length and mapping.end > start:
                     self._files.append((_open(pid, mapping), mapping))
         except BaseException:
@@ -43,7 +49,7 @@ class MappedFiles:
         """Pages of ``[start, end)`` for which a file holds data, as ``[start, end)`` addresses, ascending.
 
         Shape (k, 2); empty for anonymous private memory. In a private mapping these are the pages as the process
-        sees them until it writes to them.
+        sees them until it writes to them. All pages, if the file is hugetlbfs's.
         """
         if not self._files:
             return np.empty((0, 2), np.uint64)
@@ -53,6 +59,23 @@ class MappedFiles:
             first, last = max(start, mapping.start) - shift, min(end, mapping.end) - shift
             found.extend([(data + shift, hole + shift) for data, hole in _extents(file, first, last)])
         return np.array(found, np.uint64).reshape(-1, 2)
+
+    def may_hide_more(self, shown_bytes: int) -> bool:
+        """Whether files of hugetlbfs may hold pages besides the ``shown_bytes`` that the page table shows of the range.
+
+        What it shows of a private mapping need not be the file's, so there any page of the file may be one.
+        """
+        private = any("p" in mapping.perms for _, mapping in self._files)
+        sizes = {
+            (mapping.device, mapping.inode): os.fstat(file).st_blocks * STAT_BLOCK_BYTES
+            for file, mapping in self._files
+        }
+        return sum(sizes.values()) > (0 if private else shown_bytes)
+
+    def other_mappers(self) -> list[int]:
+        """Other processes that would see what is written into the range, because they have a file of it mapped."""
+        shared = {(mapping.device, mapping.inode): mapping for _, mapping in self._files if "s" in mapping.perms}
+        return sorted({pid for mapping in shared.values() for pid in other_mappers(self._pid, mapping)})
 
     def close(self) -> None:
         """Close the files. May be called twice."""
