@@ -10,9 +10,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from itertools import count
 
 import pytest
+from tests.harness.chaos_runs import struck_by
 
 from kagemusha.chaos.cluster import Cluster
 from kagemusha.chaos.etcd import EtcdServer
@@ -45,7 +45,6 @@ SAMPLE = (
 )
 FAULTS = {str(fault): fault for fault in POINT_FAULTS}
 LEASE_MS = 1000  # a machine that stands still for a moment is not a dead one
-_numbers = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,7 @@ def runner() -> Iterator[Runner]:
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_process_that_fails_at_a_point(runner: Runner, name: str) -> None:
-    result = runner.run(next(_numbers), (FAULTS[name],))
-    assert result.reached, result
-    assert result.ok, result
+    result = struck_by(runner, FAULTS[name])
     assert not result.stopped, result
     assert result.lost == 0
     assert result.acknowledged > 0
@@ -66,9 +63,7 @@ def test_a_process_that_fails_at_a_point(runner: Runner, name: str) -> None:
 
 def test_what_was_committed_and_had_not_left_is_sent_by_the_standby(runner: Runner) -> None:
     """The gate dies with released frames in its hands: the client has them all the same, without asking again."""
-    result = runner.run(next(_numbers), (FAULTS["kill primary at gate-releasing"],))
-    assert result.reached, result
-    assert result.ok, result
+    result = struck_by(runner, FAULTS["kill primary at gate-releasing"])
     assert result.takeover_ms is not None
     assert result.resent_frames > 0, result
     assert result.reached_standby, result

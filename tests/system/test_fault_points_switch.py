@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import count
 
 import pytest
+from tests.harness.chaos_runs import struck_by
 
 from kagemusha.chaos.fault_points import POINT_FAULTS
 from kagemusha.chaos.form import Form
@@ -29,7 +29,6 @@ SAMPLE = (
 )
 FAULTS = {str(fault): fault for fault in POINT_FAULTS}
 LEASE_MS = 1000  # a machine that stands still for a moment is not a dead one
-_numbers = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,7 @@ def runner() -> Iterator[Runner]:
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_process_that_fails_at_a_point(runner: Runner, name: str) -> None:
-    result = runner.run(next(_numbers), (FAULTS[name],))
-    assert result.reached, result
-    assert result.ok, result
+    result = struck_by(runner, FAULTS[name])
     assert result.lost == 0
     assert result.acknowledged > 0
 
