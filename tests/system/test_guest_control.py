@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from tests.harness.vm import Hardware, Vm, bare_vm, started
 
 from kagemusha.capture.dirty import DirtyMemory, page_count
 from kagemusha.errors import GuestError, GuestGoneError, TransientError, UnsupportedError
+from kagemusha.guest import control as guest_control
 from kagemusha.guest.accel import QEMU
 from kagemusha.guest.control import GuestControl
 from kagemusha.guest.device_state import FDSET_ID, MAGIC
 from kagemusha.guest.incoming import IncomingGuest
 from kagemusha.guest.launch import attach
 from kagemusha.guest.machine import inspect, refuse_unprotectable
-from kagemusha.guest.qmp import QmpSession
+from kagemusha.guest.qmp import QmpEvent, QmpSession
 from kagemusha.kernel.injector import steal_descriptor
 from kagemusha.kernel.libc import SYS_USERFAULTFD
 from kagemusha.kernel.process import parse_maps
@@ -195,6 +197,83 @@ def test_a_pause_that_comes_to_nothing_keeps_nobody_from_running(vm: Vm) -> None
             assert control.stood() == (commands == ())
             control.let_run()
             assert status(operator) == then
+
+
+# --- a QEMU that hangs ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hanging(vm: Vm) -> Iterator[None]:
+    """QEMU stands still inside, for longer than a pause waits for it; then it does all that it was asked meanwhile."""
+    with pytest.MonkeyPatch.context() as patience:
+        patience.setattr(guest_control, "PAUSE_TIMEOUT_S", 0.1)
+        os.kill(vm.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: field(vm, "State")[0] == "T", "QEMU stands still")
+            yield
+        finally:
+            os.kill(vm.pid, signal.SIGCONT)
+
+
+def fail_to_stand(control: GuestControl) -> None:
+    with pytest.raises(GuestError, match="did not answer in time"), control.standing():
+        raise AssertionError("a guest that may be running was taken for one at rest")
+
+
+def fail_to_pause(control: GuestControl) -> None:
+    """As the worker does it: a pause that has failed is ended."""
+    control.begin_stop_and_save()
+    with pytest.raises(GuestError, match="did not answer in time"):
+        control.wait_stopped()
+    with suppress(GuestError):
+        control.let_run()
+
+
+@pytest.mark.parametrize("fail", [fail_to_stand, fail_to_pause])
+def test_a_stop_that_comes_too_late_does_not_leave_the_guest_paused(
+    vm: Vm, fail: Callable[[GuestControl], None]
+) -> None:
+    with controlled(vm) as control:
+        with hanging(vm):
+            fail(control)
+        assert status(control._session) == "running"  # answered behind all that was asked while it hung
+        pause(control)
+        with control.standing():
+            assert status(control._session) == "paused"
+        assert status(control._session) == "running"
+
+
+@pytest.mark.parametrize("fail", [fail_to_stand, fail_to_pause])
+def test_a_stop_that_comes_too_late_does_not_resume_a_guest_paused_by_its_operator(
+    vm: Vm, fail: Callable[[GuestControl], None]
+) -> None:
+    with controlled(vm) as control, vm.connect(vm.operator) as operator:
+        pause(control)
+        operator.execute("stop")
+        wait_until(lambda: not runs(control), "the guest is known to stand")
+        with hanging(vm):
+            fail(control)
+        assert status(control._session) == "paused"
+
+
+def test_no_pause_begins_before_the_one_that_came_too_late_is_over(vm: Vm) -> None:
+    """Its events would be taken for the next one's, and the pause of an operator for ours."""
+    with controlled(vm) as control, vm.connect(vm.operator) as operator:
+        with hanging(vm):
+            fail_to_stand(control)
+            fail_to_stand(control)
+            with pytest.raises(GuestError, match="did not answer in time"):
+                control.begin_stop_and_save()
+        assert [event.name for event in stops_until_answered(control)] == ["STOP", "RESUME"]
+        operator.execute("stop")
+        with control.standing():
+            pass
+        assert status(operator) == "paused"
+
+
+def stops_until_answered(control: GuestControl) -> list[QmpEvent]:
+    control._session.execute("query-status")
+    return [event for event in control._session.events if event.name in ("STOP", "RESUME")]
 
 
 def test_qemu_dies_in_a_pause(vm: Vm) -> None:

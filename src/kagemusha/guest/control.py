@@ -5,13 +5,18 @@ we do meanwhile (sealing, scanning, copying) runs beside it. QEMU executes in or
 ``stop`` tells that all vCPUs and devices are at rest: only then may memory be read for a checkpoint.
 
 A guest that somebody else has paused is left alone: it is neither checkpointed nor resumed.
+
+Invariant (I4): what was asked of QEMU is not taken back when it does not answer in time. It may hang (frozen, or its
+main loop blocked) and stop the guest when it wakes up, long after we have given the pause up. So whoever gives up a
+``stop`` sends a ``cont`` behind it, which QEMU executes after it, and the next pause begins when both are answered, or
+their events would be taken for its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from kagemusha.errors import GuestError
@@ -59,6 +64,7 @@ class GuestControl:
         self._stop_t = 0.0
         self._stop_us = 0
         self._resumed = self._resumed_early = False
+        self._owed = False  # a guest that ran was asked to stop, and is not known to run again
         self.running = bool(session.execute("query-status")["running"])
         self.shutdown: QmpEvent | None = None
 
@@ -73,9 +79,13 @@ class GuestControl:
             self._note_events()
 
     def begin_stop_and_save(self) -> None:
-        """Ask QEMU to stop the guest and then save its devices."""
+        """Ask QEMU to stop the guest and then save its devices.
+
+        :raise GuestError: it has not yet done what it was asked before; nothing more is asked for.
+        """
+        self._catch_up()
         self._state.rewind()
-        self.pump()  # a STOP that came before is not ours
+        self._owed = self.running
         self._resumed = self._resumed_early = False
         self._stop_t = time.monotonic()
         self._stop_number, self._save_number = self._session.send_many([("stop", None), self._state.command])
@@ -89,6 +99,7 @@ class GuestControl:
         event = self._session.take_event("STOP")
         self._note_events()  # all from before the answer, and none from after it
         self._resumed = False
+        self._owed = event is not None
         if event is None:
             return False
         self.running = False
@@ -136,13 +147,18 @@ class GuestControl:
         if event is None:
             raise GuestError("QEMU answered cont but the guest did not resume", operation="resume the guest")
         self.running = True
+        self._owed = False
         self._note_events()  # it may have been paused since
         return Pause(event.time_us - self._stop_us, wall_us, self._stop_t)
 
     def let_run(self) -> None:
-        """See that a pause of ours, whatever has become of it, keeps nobody from running."""
-        if self.stood():
+        """See that a pause of ours, whatever has become of it, keeps nobody from running.
+
+        :raise GuestError: QEMU does not answer in time; the guest will run when it does.
+        """
+        if self.stood() and self._owed:
             self._session.execute("cont", timeout_s=PAUSE_TIMEOUT_S)
+            self._owed = False
             self._note_events()
 
     def ram_blocks(self) -> str:
@@ -157,9 +173,18 @@ class GuestControl:
 
     @contextmanager
     def standing(self) -> Iterator[None]:
-        """The guest is at rest inside, and runs afterwards if it ran before."""
-        self.pump()
-        self._session.execute("stop", timeout_s=PAUSE_TIMEOUT_S)
+        """The guest is at rest inside, and runs afterwards if it ran before.
+
+        :raise GuestError: QEMU does not answer in time; a guest that ran runs on, or will when QEMU goes on.
+        """
+        self._catch_up()
+        try:
+            self._session.execute("stop", timeout_s=PAUSE_TIMEOUT_S)
+        except GuestError:
+            if self.running:
+                with suppress(GuestError):  # the first error is the one to tell
+                    self._session.send("cont")
+            raise
         was_running = self._session.take_event("STOP") is not None
         try:
             yield
@@ -173,8 +198,8 @@ class GuestControl:
 
         :return: None if the guest was not running.
         """
+        self._catch_up()
         self._state.rewind()
-        self.pump()
         self._stop_t = time.monotonic()
         self._stop_number, self._save_number, self._cont_number = self._session.send_many(
             [("stop", None), self._state.command, ("cont", None)]
@@ -188,6 +213,11 @@ class GuestControl:
     def close(self) -> None:
         """Release the device state file."""
         self._state.close()
+
+    def _catch_up(self) -> None:
+        """What has happened up to now is noted, also that of a pause that was given up: a STOP from now on is ours."""
+        self._session.catch_up(timeout_s=PAUSE_TIMEOUT_S, operation="wait for a pause that was given up")
+        self.pump()
 
     def _note_events(self) -> None:
         events = self._session.events

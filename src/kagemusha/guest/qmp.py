@@ -188,6 +188,18 @@ class QmpSession:
             raise GuestError(f"QEMU: {_description(answer)}", operation=operation)
         return answer["return"]
 
+    def catch_up(self, *, timeout_s: float = 10.0, operation: str = "wait for QEMU") -> None:
+        """Wait for the answers that nobody waits for any more, and forget them: QEMU has done all that it was asked.
+
+        :raise GuestError: they do not come in time; asking again goes on waiting.
+        :raise GuestGoneError: QEMU hung up.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._outstanding - self._answers.keys():
+            self._take(self._next_message(deadline, operation))
+        self._outstanding.clear()
+        self._answers.clear()
+
     def execute(self, command: str, arguments: dict[str, Any] | None = None, *, timeout_s: float = 10.0) -> Any:
         """Send one command and wait for its answer."""
         return self.wait(self.send(command, arguments), timeout_s=timeout_s, operation=command)
