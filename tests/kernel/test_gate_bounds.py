@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 from tests.harness.gate import GUEST_MAC, LONG_QUEUE, PLAIN, ROLE, Lab, frame, ip, lab
@@ -23,6 +24,7 @@ from kagemusha.model.ids import Epoch
 
 pytestmark = pytest.mark.root
 ONE = Epoch(1)
+NUMBER_AT = len(PLAIN) + 14  # in what is written to a tap
 GSO_UDP, GSO_UDP_L4 = 3, 5  # VIRTIO_NET_HDR_GSO_*: the kernel splits the first (UFO) for a tap, not the second (USO)
 
 
@@ -142,14 +144,17 @@ def test_frames_split_since_the_last_seal_do_not_hinder_passing(host: Lab) -> No
 
 @contextmanager
 def flood(tap_fd: int, seconds: float) -> Iterator[int]:
-    """A process that sends as fast as the kernel takes it, for a bounded time; its pidfd."""
+    """A process that sends as fast as the kernel takes it, numbers from 0 on, for a bounded time; its pidfd."""
     pid = os.fork()
     if pid == 0:
         try:
-            data = PLAIN + frame(0)
+            data = bytearray(PLAIN + frame(0))
             until = time.monotonic() + seconds
+            number = 0
             while time.monotonic() < until:
+                struct.pack_into("!Q", data, NUMBER_AT, number)
                 os.write(tap_fd, data)
+                number += 1
         finally:
             os._exit(0)
     pidfd = os.pidfd_open(pid)
@@ -176,3 +181,22 @@ def test_passing_a_flood_does_not_wait_for_its_end(host: Lab) -> None:
     statistics = gate.statistics()
     assert statistics.held_frames == network.count.given == statistics.released_frames + statistics.dropped_frames
     assert statistics.pending_frames == 0
+
+
+def test_passing_a_flood_without_a_gate_process_does_not_wait_for_its_end(host: Lab) -> None:
+    """As at a takeover. What waited leaves, then what came behind it, in order, and at last directly."""
+    network = host.build_network()
+    network.set_mode(GateMode.HOLD)
+    with flood(network.tap_fd, 60.0) as pidfd:
+        while network.count.given < devices.HOLD_QUEUE_FRAMES + 1000:
+            time.sleep(0.005)
+        network.set_mode(GateMode.PASS)
+        assert not select.select([pidfd], (), (), 0)[0]
+        assert network.mode is GateMode.PASS
+        assert network.count.returned == network.count.given
+    arrived = host.numbers(devices.HOLD_QUEUE_FRAMES)
+    assert arrived[: devices.HOLD_QUEUE_FRAMES] == list(range(devices.HOLD_QUEUE_FRAMES))
+    assert all(earlier < later for earlier, later in pairwise(arrived))
+    assert network.count.returned == network.count.given, "they go directly"
+    host.send(1 << 40)
+    assert host.numbers(1) == [1 << 40]

@@ -20,7 +20,9 @@ to be held go into hold0 all the same: their way out comes by there too, and whe
 their commit, when the lease may have been renewed. The egress program is never exchanged and knows no mode.
 
 Going from HOLD to PASS, frames go directly only once no earlier one is on its way through the gate process (see
-``kernel.bpf``), so none overtakes another. Does not hold frames itself (see ``process``).
+``kernel.bpf``), so none overtakes another. Where no gate process has begun yet, this one lets go what waits in hold0's
+queue, and nobody would after it: a guest that fills the queue for longer than that may take loses frames instead, as it
+has while the queue was full. Does not hold frames itself (see ``process``).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from kagemusha.gate.rules.classifier import Ending, counting, redirecting
 from kagemusha.kernel import bpf, netns
 from kagemusha.kernel.bpf_lease import Lease, lease_program
 from kagemusha.kernel.bpf_slot import ProgramSlot
+from kagemusha.kernel.bpf_table import wait_programs
 from kagemusha.kernel.netlink import Links
 from kagemusha.kernel.tap import FRAME_BYTES_MAX, open_tap
 from kagemusha.model.config import NetworkTable
@@ -46,6 +49,7 @@ from kagemusha.model.config import NetworkTable
 _DRAIN_TIMEOUT_S = 2.0
 _DRAIN_PATIENCE_S = 0.1
 _DRAIN_LOOK_S = 0.000_2
+_FORWARD_BATCH_FRAMES = 256
 
 
 class GateMode(enum.Enum):
@@ -231,8 +235,9 @@ class GateNetwork:
 
         HOLD: the gate process must be holding already, or not be there yet: then frames wait in hold0's own queue. The
         lease stays as it is. PASS after HOLD: it must be passing (or be dead: then what it had is lost; or not be there
-        yet). A guest that sends without a gap goes on through the gate process, in order, until there is one. PASS is
-        for a guest that no other instance will stand in for: its lease has no end.
+        yet). A guest that sends without a gap goes on through the gate process, in order, until there is one; without a
+        gate process it loses after two seconds what it sends until all that waits has left. PASS is for a guest that
+        no other instance will stand in for: its lease has no end.
 
         :raise TransientError: frames are held in the gate process after two seconds and none leaves; they and
             those behind them still go that way, in order, and the mode is as before.
@@ -283,13 +288,12 @@ class GateNetwork:
         if self._links.find(HOLD) is None:
             return True
         self._attach(VM, self._programs.drain)
+        if self.hold_fd >= 0:
+            self._forward_all()
+            return True
         began, before = time.monotonic(), self.count.returned
         while self.count.returned < self.count.given:
             waited_s = time.monotonic() - began
-            if self.hold_fd >= 0:
-                if not self._forward_waiting() and waited_s > _DRAIN_PATIENCE_S:
-                    self.count.returned = self.count.given  # the rest is lost: the queue was full
-                continue
             if waited_s > _DRAIN_PATIENCE_S and self.count.returned > before:
                 return False
             if waited_s > _DRAIN_TIMEOUT_S:
@@ -301,11 +305,27 @@ class GateNetwork:
             time.sleep(_DRAIN_LOOK_S)
         return True
 
-    def _forward_waiting(self) -> int:
-        """There is no gate process yet: let go what waits in hold0's queue, oldest first. How many frames that was."""
+    def _forward_all(self) -> None:
+        """There is no gate process yet: let go what waits in hold0's queue, and what comes behind it."""
+        began = time.monotonic()
+        while (given := self.count.given) > self.count.returned:
+            waited_s = time.monotonic() - began
+            if not self._forward_batch():
+                if waited_s > _DRAIN_PATIENCE_S:
+                    self.count.returned = given  # the rest is lost: the queue was full
+            elif waited_s > _DRAIN_TIMEOUT_S:
+                self._attach(VM, self._programs.drop)
+                with suppress(UnsupportedError):  # a frame just on its way there would be late: it waits for its reader
+                    wait_programs()
+                while self._forward_batch():
+                    pass
+                self.count.returned = self.count.given
+
+    def _forward_batch(self) -> int:
+        """Let go the oldest frames of hold0's queue. How many there were."""
         frames = 0
         with suppress(BlockingIOError):
-            while True:
+            while frames < _FORWARD_BATCH_FRAMES:
                 frame = os.read(self.hold_fd, FRAME_BYTES_MAX)
                 frames += 1
                 with suppress(OSError):  # the kernel refuses it for good
