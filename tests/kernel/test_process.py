@@ -24,7 +24,6 @@ from kagemusha.kernel.process import (
     pidfd_getfd,
     pidfd_open,
     pidfd_send_signal,
-    pss_kb,
 )
 
 PAGE = mmap.PAGESIZE
@@ -137,16 +136,6 @@ def test_anonymous_private_memory_has_no_other_mappers() -> None:
     assert other_mappers(os.getpid(), own_mapping(address_of(area))) == []
 
 
-def test_memory_size_follows_what_is_touched() -> None:
-    # The share of pages that other processes map, too, moves by megabytes as those come and go: room for a quarter.
-    size = 128 << 20
-    before = pss_kb(os.getpid())
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    assert pss_kb(os.getpid()) < before + (size >> 10) // 4
-    np.frombuffer(area, np.uint8)[::PAGE] = 1
-    assert pss_kb(os.getpid()) > before + (size >> 10) * 3 // 4
-
-
 @pytest.mark.root
 def test_a_descriptor_of_another_process_is_the_same_file() -> None:
     with subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
@@ -184,7 +173,5 @@ def test_a_process_that_is_gone() -> None:
     child.wait()
     with pytest.raises(GuestGoneError):
         parse_maps(child.pid)
-    with pytest.raises(OSError, match="No such"):
-        pss_kb(child.pid)
     with pytest.raises(ProcessLookupError):
         pidfd_open(child.pid)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -136,8 +136,18 @@ FRAME_RESTORES = list(InjectFault)[
 def test_an_injector_killed_at_any_point_leaves_the_target_running(
     program: Path, tmp_path: Path, fault: InjectFault
 ) -> None:
-    for mode in MODES:
-        with running_target(program, tmp_path, mode) as target:
+    leave_it_running(program, tmp_path, fault, ("compute", MODES[list(InjectFault).index(fault) % len(MODES)]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [fault for fault in InjectFault if fault is not InjectFault.SIGNAL_SEEN])
+def test_an_injector_killed_at_any_point_in_any_call(program: Path, tmp_path: Path, fault: InjectFault) -> None:
+    leave_it_running(program, tmp_path, fault, MODES)
+
+
+def leave_it_running(program: Path, folder: Path, fault: InjectFault, modes: Sequence[str]) -> None:
+    for mode in modes:
+        with running_target(program, folder, mode) as target:
             with pytest.raises(TransientError, match="died"):
                 steal_eventfd(target, fault)
             target.check_unharmed(may_eintr=fault in FRAME_RESTORES)

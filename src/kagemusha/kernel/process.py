@@ -149,14 +149,3 @@ def other_mappers(pid: int, mapping: Mapping) -> list[int]:
                 if needle in text:
                     found.append(int(entry))
     return sorted(found)
-
-
-def pss_kb(pid: int) -> int:
-    """Proportional set size in KiB: shared pages count by share, so sums over processes are true.
-
-    :raise OSError: the process is gone.
-    """
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    return 0

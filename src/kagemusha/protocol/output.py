@@ -46,28 +46,6 @@ class OutputTotals:
     pending_bytes: int
 
 
-class OutputCounts(Protocol):
-    """What :class:`OutputTotals` has, of either form."""
-
-    @property
-    def held_frames(self) -> int: ...  # noqa: D102
-
-    @property
-    def released_frames(self) -> int: ...  # noqa: D102
-
-    @property
-    def dropped_frames(self) -> int: ...  # noqa: D102
-
-    @property
-    def discarded_frames(self) -> int: ...  # noqa: D102
-
-    @property
-    def pending_frames(self) -> int: ...  # noqa: D102
-
-    @property
-    def pending_bytes(self) -> int: ...  # noqa: D102
-
-
 class OutputGate(Protocol):
     """Where a guest's output is held until its epoch is committed. Used by one thread.
 

@@ -115,7 +115,3 @@ class RuleVersion:
     def same_rules(self, draft: Draft) -> bool:
         """Whether the draft would change nothing: same rules by the same authors, lapsing at the same time."""
         return self.rule_set == draft.rule_set and self.origins == draft.origins
-
-    def next_lapse_us(self) -> int | None:
-        """When the first of its rules lapses; None: none does."""
-        return min((each.lapses_us for each in self.origins if each.lapses_us is not None), default=None)

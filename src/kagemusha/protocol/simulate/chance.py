@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +19,3 @@ class Chance(Protocol):
 
     def choice(self, seq: Sequence[T], /) -> T:
         """One of them."""
-
-
-MakeChance = Callable[[int], Chance]
