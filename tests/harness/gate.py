@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,30 @@ def tcp_superframe(payload_bytes: int) -> bytes:
     ethernet = b"\xff" * 6 + GUEST_MAC + b"\x08\x00"
     vnet = struct.pack("<BBHHHH", 1, 1, 54, 1448, 34, 16)  # NEEDS_CSUM, TCPV4
     return vnet + ethernet + bytes(header) + tcp + payload
+
+
+@contextmanager
+def flood(tap_fd: int, seconds: float, packet: bytes = PLAIN + frame(0)) -> Iterator[int]:
+    """A process that sends as fast as the kernel takes it, numbers from 0 on, for a bounded time; its pidfd."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            data = bytearray(packet)
+            until = time.monotonic() + seconds
+            number = 0
+            while time.monotonic() < until:
+                struct.pack_into("!Q", data, len(PLAIN) + 14, number)
+                os.write(tap_fd, data)
+                number += 1
+        finally:
+            os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
 
 
 class Listener:

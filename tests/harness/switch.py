@@ -9,11 +9,11 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 from tests.harness.conditions import wait_until
-from tests.harness.gate import ETHERTYPE, PLAIN, WAIT_S, ip, unique
+from tests.harness.gate import ETHERTYPE, PLAIN, WAIT_S, flood, ip, unique
 
 from kagemusha.gate import devices
 from kagemusha.gate.namespace import GateMode
@@ -81,6 +81,10 @@ class Switch:
     def send(self, port: str, mac: bytes, *numbers: int, to: bytes = ANYBODY, size: int = 100) -> None:
         for number in numbers:
             os.write(self._fds[port], PLAIN + made(mac, number, to=to, size=size))
+
+    def flood(self, port: str, mac: bytes, seconds: float) -> AbstractContextManager[int]:
+        """As ``gate.flood``, with this address."""
+        return flood(self._fds[port], seconds, PLAIN + made(mac, 0))
 
     def packets(self, port: str) -> list[bytes]:
         """What has left through a port so far, virtio-net headers included."""

@@ -9,11 +9,10 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from tests.harness.gate import GUEST_MAC, LONG_QUEUE, PLAIN, ROLE, Lab, frame, ip, lab
+from tests.harness.gate import GUEST_MAC, LONG_QUEUE, ROLE, Lab, flood, ip, lab
 
 from kagemusha.errors import ConfigError
 from kagemusha.gate import devices
@@ -24,7 +23,6 @@ from kagemusha.model.ids import Epoch
 
 pytestmark = pytest.mark.root
 ONE = Epoch(1)
-NUMBER_AT = len(PLAIN) + 14  # in what is written to a tap
 GSO_UDP, GSO_UDP_L4 = 3, 5  # VIRTIO_NET_HDR_GSO_*: the kernel splits the first (UFO) for a tap, not the second (USO)
 
 
@@ -140,30 +138,6 @@ def test_frames_split_since_the_last_seal_do_not_hinder_passing(host: Lab) -> No
     network.set_mode(GateMode.PASS)
     host.send(1)
     assert host.numbers(1) == [1]
-
-
-@contextmanager
-def flood(tap_fd: int, seconds: float) -> Iterator[int]:
-    """A process that sends as fast as the kernel takes it, numbers from 0 on, for a bounded time; its pidfd."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            data = bytearray(PLAIN + frame(0))
-            until = time.monotonic() + seconds
-            number = 0
-            while time.monotonic() < until:
-                struct.pack_into("!Q", data, NUMBER_AT, number)
-                os.write(tap_fd, data)
-                number += 1
-        finally:
-            os._exit(0)
-    pidfd = os.pidfd_open(pid)
-    try:
-        yield pidfd
-    finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-        os.close(pidfd)
 
 
 def test_passing_a_flood_does_not_wait_for_its_end(host: Lab) -> None:

@@ -7,8 +7,10 @@ import select
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 from tests.harness.conditions import wait_until
@@ -40,6 +42,7 @@ from kagemusha.kernel.bpf import drop_program
 from kagemusha.kernel.tap import VNET_HEADER_BYTES
 from kagemusha.model.ids import Epoch
 from kagemusha.model.rules import Action, PacketClass, Rule, RuleSet
+from kagemusha.protocol import gate as protocol
 
 pytestmark = pytest.mark.root
 ONE, TWO = Epoch(1), Epoch(2)
@@ -244,6 +247,49 @@ def test_a_frame_on_its_way_at_a_seal_does_not_open_the_gate_early(here: Switch)
     vm.set_mode(GateMode.PASS)
     assert here.numbers("ca") == [1, 2]
     assert vm._hold.count.returned == vm.given == 2
+
+
+SHORT_QUEUE = 2000
+
+
+@pytest.fixture
+def slow_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate processes that read slower than a guest can send."""
+    advance = protocol.advance
+
+    def slowly(data: protocol.HoldBuffer, event: protocol.Event) -> protocol.Result:
+        if isinstance(event, protocol.FramesArrived):
+            time.sleep(0.01)
+        return advance(data, event)
+
+    monkeypatch.setattr(protocol, "advance", slowly)
+    monkeypatch.setattr(devices, "HOLD_QUEUE_FRAMES", SHORT_QUEUE)
+
+
+@pytest.mark.usefixtures("slow_gates")
+@pytest.mark.parametrize("discards", [False, True])
+def test_a_gate_process_answers_while_its_guest_floods_it(here: Switch, discards: bool) -> None:
+    """Behind a network a guest stands for a bounded time only, and runs on, whether its epoch is sealed or not."""
+    vm = here.add_vm("one", VM1, "ha")
+    with here.flood("ha", VM1, 60.0) as pidfd:
+        wait_until(lambda: vm.given > 2 * SHORT_QUEUE, "there is a flood")
+        discarded = vm.gate.discard() if discards else 0
+        vm.gate.seal(ONE)
+        sealed = vm.gate.wait_sealed(ONE, WAIT_S)
+        assert not select.select([pidfd], (), (), 0)[0]
+    assert discarded >= (SHORT_QUEUE if discards else 0)
+    assert sealed.frames >= SHORT_QUEUE, "what waited in the queue is the epoch's"
+    vm.gate.release(ONE)
+    arrived = here.numbers("ca", sealed.frames)
+    vm.gate.statistics()
+    assert here.frames("ca") == [], "what came later waits for the commit of a later epoch"
+    vm.begin_passing()
+    wait_until(vm.passing, "what is held has left")
+    assert vm._hold.count.returned == vm.given
+    statistics = vm.gate.statistics()
+    assert statistics.released_frames + statistics.dropped_frames + discarded == statistics.held_frames == vm.given
+    arrived += here.numbers("ca", statistics.released_frames - len(arrived))
+    assert all(earlier < later for earlier, later in pairwise(arrived))
 
 
 def test_a_gate_that_still_holds_is_not_opened(here: Switch) -> None:

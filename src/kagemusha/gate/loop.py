@@ -1,7 +1,9 @@
 """The gate process's loop: read held frames all the time, seal at once, release in small bursts.
 
 Invariant (I1): a frame is written back only out of the number that ``Release`` and ``Forward`` effects of the hold
-buffer have allowed, oldest first. Commands are looked at between batches, so a seal waits for at most one of them.
+buffer have allowed, oldest first. Commands are looked at between batches, so a seal waits for at most one of them. What
+was in the hold tap when a seal is looked at is the epoch's; a guest that runs by then and sends faster than it is read
+does not keep the answer back, for no more is read than the tap's queue can have had in it.
 
 Released frames are paced: a receiver with an ordinary socket buffer would lose most of a burst of hundreds of frames
 that the guest had sent over a whole epoch. Facts: redirection into the hold tap is synchronous, so once the guest
@@ -21,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 
 from kagemusha.errors import BugError, WireError
-from kagemusha.gate import messages
+from kagemusha.gate import devices, messages
 from kagemusha.gate.copies import copy_sealed
 from kagemusha.gate.messages import Command, GateStatistics, Reply
 from kagemusha.kernel.bpf import HoldCount
@@ -152,16 +154,19 @@ class HoldLoop:
             self._serve[kind](Epoch(numbers[0]))
 
     def _seal(self, epoch: Epoch) -> None:
-        while self._read_batch():
-            pass
-        given = self._count.given  # the guest stands: all of them were read, or dropped by a full queue
+        dry = self._read_what_waits()
+        given = self._count.given  # where the guest stands: all of them were read, or dropped by a full queue
         if len(self._queue) != self._data.pending:
             raise BugError(f"{len(self._queue)} frames are kept, {self._data.pending} are accounted for", epoch=epoch)
         reach(Fault.GATE_SEALING)
         self._step(protocol.SealEpoch(epoch))
         self._look_for_overflow()  # after the answer: the guest is waiting for that
-        split = self._data.held - given  # too low by the frames that were given and are not in the tap yet
-        self._split = split if self._stands_at_seal else max(self._split, split)
+        if self._stands_at_seal and dry:
+            self._split = self._data.held - given
+        else:
+            # Too low by what was given and is not read. Counted after the look: what was dropped between would make it
+            # too high, and passing never come to its end.
+            self._split = max(self._split, self._data.held - self._count.given)
 
     def _pass(self, _: Epoch) -> None:
         self._look_for_overflow()
@@ -174,8 +179,7 @@ class HoldLoop:
         self._control.send(messages.encode(Reply.HOLDS))
 
     def _discard(self, _: Epoch) -> None:
-        while self._read_batch():
-            pass
+        self._read_what_waits()  # nothing comes any more: that is all
         self._look_for_overflow()
         before = self._data.discarded
         self._step(protocol.DiscardRequested())
@@ -217,6 +221,19 @@ class HoldLoop:
             if not isinstance(effect, protocol.Drop):
                 self._perform(effect)
         return len(frames)
+
+    def _read_what_waits(self) -> bool:
+        """Read whatever is in the tap's queue now, and not for ever what comes behind it; whether none is left.
+
+        What is left counts for a later epoch (I1): later than needed, never earlier.
+        """
+        room = devices.HOLD_QUEUE_FRAMES  # no more than this can be in it
+        while room > 0:
+            frames = self._read_batch()
+            if not frames:
+                return True
+            room -= frames
+        return False
 
     def _write_burst(self) -> None:
         """Write the oldest frames back; what the kernel refuses for good is discarded."""
