@@ -238,3 +238,22 @@ def test_the_standby_has_the_version_in_force_at_takeover(live: Live) -> None:
     assert standby.versions()[newest] == live.host.versions()[newest]
     assert took_over.epoch >= guest.epochs().last.epoch
     guest.hosts.verify(live.writer)
+
+
+@pytest.mark.long
+def test_rules_of_a_failed_switchovers_last_checkpoint_go_with_the_next() -> None:
+    """The standby stands still, so that it never has it; another takes its place, and takes over."""
+    with observed("strict", {"rules": rules_table("strict")}) as guest:
+        guest.protect()
+        host = HostRules(guest.primary)
+        guest.standby.strike(signal.SIGSTOP, "worker")
+        changed = host.ask("set", "--profile", "media")["version"]
+        refused = guest.hosts.ask(guest.primary, "a", "switchover")
+        assert (refused.returncode, "did not come about" in refused.stderr) == (7, True), refused.stderr
+        guest.standby.strike(signal.SIGKILL, "worker")
+        guest.standby.wait_gone()
+        guest.protect()
+        guest.wait_epochs(2)
+        guest.kill()
+        guest.taken_over()
+        assert HostRules(guest.standby).stored()["version"] == changed
