@@ -6,15 +6,18 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 from tests.harness.commands import LIMIT_S, Command, Part, Role
-from tests.harness.site import Outcome, Site, site, toml
+from tests.harness.site import PATIENCE, Outcome, Site, site, toml
 
 from kagemusha.demo.client import set_request
 from kagemusha.demo.image import REDIS_PORT
-from kagemusha.demo.topology import BRIDGE
+from kagemusha.demo.sides import STREAM_PORT
+from kagemusha.demo.topology import BRIDGE, management_host
 from kagemusha.guest.accel import READY_LINE
 from kagemusha.model.events import Ended, GateCounted, StateChanged, TakenOver
 
@@ -64,9 +67,28 @@ BROKEN: Mapping[str, tuple[Role, Mapping[str, object], int, tuple[str, ...]]] = 
     "QEMU refuses": ("standby", {"vm.command": ["qemu-system-x86_64", "-machine", "vax"]}, 5, ("exited", "status 1")),
     "not a QEMU": ("primary", {"vm.command": ["true"]}, 5, ("exited", "status 0", "vm.command")),
     "address of another host": ("standby", {"standby.listen": "192.0.2.1:7"}, 2, ("standby.listen 192.0.2.1:7: ",)),
+    "no rule file": ("standby", {"rules": {"file": "no.toml"}}, 2, ("rules.file: ", "no.toml")),
+    "no profile": ("standby", {"rules": {"profile": "none"}}, 2, ("rules.profile: ", "'none'")),
+    "no certificate for a standby": (
+        "standby",
+        {"tls": {"cert": "no.crt", "key": "no.key", "ca": "no.ca"}},
+        2,
+        ("tls.cert: ", "no.crt"),
+    ),
     "folder in the way of state": ("standby", {"state_dir": "/proc/none"}, 2, ("state_dir /proc/none: ",)),
     "folder in the way of sockets": ("primary", {"runtime_dir": "/proc/none"}, 2, ("runtime_dir: ", "/proc/none")),
 }
+
+HOLDS_OWN = """\
+default = "held"
+[[class]]
+name = "held"
+action = "hold"
+[[rule]]
+name = "own"
+match = "{}"
+class = "held"
+"""
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -85,6 +107,15 @@ def test_a_file_that_is_no_toml(hosts: Site, text: str) -> None:
     outcome = hosts.run("primary", text)
     assert_one_clear_line(outcome, "read kage.toml", "not valid TOML")
     assert outcome.code == 2
+
+
+def test_rules_that_cannot_be_put_into_force_are_named_before_anything_runs(hosts: Site, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text(HOLDS_OWN.format("src host $vm_ip"))
+    outcome = hosts.run("standby", toml(hosts.settings("standby", {"rules": {"file": rules}})))
+    assert_one_clear_line(outcome, "rules.file: ", "rule 'own'", "$vm_ip")
+    assert outcome.code == 2
+    assert "QEMU" not in outcome.printed
 
 
 def test_files_that_cannot_be_opened(hosts: Site, tmp_path: Path) -> None:
@@ -237,6 +268,93 @@ def test_the_end_of_the_primary_lets_out_what_was_held() -> None:
         assert_gone(standby)
         assert hosts.namespaces() == set()
         assert (hosts.devices("a"), hosts.devices("b")) == before
+
+
+# --- what a standby that took over lacks for a protection -------------------------------------------------------------
+
+
+def tls_table(folder: Path) -> dict[str, object]:
+    """``[tls]`` of a host that is found at either host's address."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert(*map(management_host, ("a", "b")))
+    names = {"ca": authority.cert_pem, "cert": certificate.cert_chain_pems[0], "key": certificate.private_key_pem}
+    for name, content in names.items():
+        content.write_to_path(folder / name)
+    return {name: folder / name for name in names}
+
+
+@contextmanager
+def without(file: Path) -> Iterator[None]:
+    """It is not there in the block."""
+    away = file.rename(file.with_suffix(".away"))
+    yield
+    away.rename(file)
+
+
+def reason_of(hosts: Site, command: Command) -> str:
+    """Why it is DEGRADED, as an operator is told who asks on host B."""
+    status = json.loads(hosts.ask(command, "b", "status", "--json").stdout)
+    assert (status["role"], status["state"]) == ("primary", "DEGRADED")
+    return str(status["reason"])
+
+
+def test_a_guest_that_was_taken_over_lives_on_whatever_its_protection_lacks(tmp_path: Path) -> None:
+    """Files that host B has read when it started are gone when it takes over. The guest is heard all the same, and is
+    protected as soon as they are back and there is a standby. Where it cannot be, it may power itself off.
+    """
+    with site() as hosts:
+        tls, rules = tls_table(tmp_path), tmp_path / "rules.toml"
+        rules.write_text(HOLDS_OWN.format("ip"))
+        again = f"{management_host('a')}:{STREAM_PORT}"
+        lacks = {"tls": tls, "rules": {"file": rules}, "primary": {"standby": again, **PATIENCE["primary"]}}
+        primary, standby = hosts.protected({"tls": tls}, lacks)
+        writer = hosts.writer()
+        with without(rules):
+            with without(tmp_path / "key"):
+                primary.strike(signal.SIGKILL, "qemu", "worker")
+                standby.wait_event(TakenOver)
+                writer.wait_more()
+                standby.wait_printed("tls.key: no such file")
+                assert "tls.key: no such file" in reason_of(hosts, standby)
+                refused = hosts.ask(standby, "b", "switchover")
+                assert refused.returncode == 7
+                assert "the state is DEGRADED" in refused.stderr
+                writer.wait_more()
+            standby.wait_printed("rules.file: ")
+            assert "rules.file: " in reason_of(hosts, standby)
+            writer.wait_more()
+        third = hosts.start("standby", {"tls": tls, "standby.listen": again}, host="a", isolated=True)
+        standby.wait_state("PROTECTED")
+        writer.wait_more()
+        told = [each.reason for each in standby.of(StateChanged) if each.state == "DEGRADED"]
+        for what in ("tls.key: ", "rules.file: "):
+            assert sum(what in reason for reason in told) == 1, "told once, however often it is tried"
+        third.wait_state("PROTECTING")
+        with without(tmp_path / "key"):
+            standby.strike(signal.SIGKILL, "qemu", "worker")
+            third.wait_printed("tls.key: no such file")
+            hosts.verify(writer)
+            hosts.tell_guest("poweroff -f")
+            assert third.ended() == 0
+        assert third.of(Ended)[-1].reason == "the guest has powered off"
+        assert_gone(third)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "part", "code"), [(signal.SIGTERM, "worker", 0), (signal.SIGKILL, "qemu", 5)])
+def test_the_end_of_a_guest_that_cannot_be_protected_yet(
+    tmp_path: Path, number: signal.Signals, part: Part, code: int
+) -> None:
+    with site() as hosts:
+        tls = tls_table(tmp_path)
+        primary, standby = hosts.protected({"tls": tls}, {"tls": tls})
+        with without(tmp_path / "key"):
+            primary.strike(signal.SIGKILL, "qemu", "worker")
+            standby.wait_printed("tls.key: no such file")
+            standby.strike(number, part)
+            assert standby.ended() == code
+        assert_gone(standby)
+        assert hosts.namespaces() == {f"kg-{hosts.name}-primary"}, "left by a killed worker"
 
 
 # --- a part of the primary dies or freezes ----------------------------------------------------------------------------

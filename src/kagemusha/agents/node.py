@@ -26,6 +26,7 @@ from kagemusha.agents.control import ControlSocket, control_path
 from kagemusha.agents.eventlog import EventLog
 from kagemusha.agents.fault_points import provide_fault_points
 from kagemusha.agents.signals import StopSignals
+from kagemusha.agents.start_check import check
 from kagemusha.agents.state_report import StateReport
 from kagemusha.agents.term_file import TermFile
 from kagemusha.errors import UnsupportedError
@@ -78,12 +79,13 @@ def open_node(config: Config, events: Path | None, stack: ExitStack) -> Node:
     """Open all of it; ``stack`` closes it again.
 
     :raise UnsupportedError: this host's kernel lacks something.
-    :raise ConfigError: a path that the configuration names cannot be used, or fault points are asked for wrongly.
+    :raise ConfigError: what the configuration names cannot be used, or fault points are asked for wrongly.
     :raise TransientError: another worker serves this VM here.
     """
     lacking = missing(probe())
     if lacking:
         raise UnsupportedError("this host cannot protect VMs: " + "; ".join(lacking), operation="check the host")
+    check(config)
     log = EventLog(events)
     provide_fault_points()
     signals = stack.enter_context(StopSignals())

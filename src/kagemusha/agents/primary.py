@@ -19,7 +19,7 @@ from kagemusha.agents.control import Client, Command, PromoteCommand, StatusComm
 from kagemusha.agents.epoch_cycle import EpochCycle
 from kagemusha.agents.flows_process import FlowsProcess
 from kagemusha.agents.node import Node, TakenOverGuest
-from kagemusha.agents.primary_parts import PrimaryParts, set_up
+from kagemusha.agents.primary_parts import PrimaryParts, set_up, set_up_taken
 from kagemusha.agents.vm_rules import VmRules
 from kagemusha.errors import BugError, GuestGoneError, KageError, ProtocolError, TransientError
 from kagemusha.failover.claimant import Lost, Newest, Unanswered, Won
@@ -49,13 +49,15 @@ ALWAYS = (protocol.KillGuest, protocol.ResumeGuest, protocol.DropSession, protoc
 class PrimaryWorker:
     """Runs one VM's primary until it ends, is fenced or is gone."""
 
-    def __init__(self, node: Node, parts: PrimaryParts, *, first_epoch: Epoch) -> None:
+    def __init__(self, node: Node, parts: PrimaryParts, *, first_epoch: Epoch, taken_over: bool) -> None:
+        """:param taken_over: nobody else has the guest: it lives on, whatever its protection lacks."""
         config = node.config
         assert config.primary is not None
         self._node = node
         self._config = config
         self._settings = config.primary
         self._parts = parts
+        self._taken_over = taken_over
         self._log = node.log
         self._data, first_effects = protocol.initial(
             node.terms.terms.held,
@@ -99,7 +101,7 @@ class PrimaryWorker:
 
         :raise KageError: the reason why protection could not go on.
         """
-        self._rules.begin()
+        self._rules.begin(needed=not self._taken_over)
         self._perform_all()
         if self._data.state is State.ALONE:
             self._guarded(self._perform, protocol.NoteTerm(self._data.term))
@@ -158,7 +160,10 @@ class PrimaryWorker:
         if newer is not None and self._data.state not in protocol.TERMINAL:
             self._reason = f"the switch says that another holds term {newer}"
             self._events.append(protocol.Superseded(max(newer, Term(self._data.term + 1))))
+        lacked = self._rules.trouble
         self._rules.take(ready)
+        if self._rules.trouble != lacked:
+            self._log_state()
         try:
             while parts.ship.reports.poll(0):
                 self._take_report(parts.ship.reports.recv())
@@ -325,7 +330,8 @@ class PrimaryWorker:
         self._take_back_preparation()
         if state is State.ALONE and self._lost == {"ship"} and now >= self._ship_t:
             self._replace_ship(now)
-        if state in protocol.DISCONNECTED and self._connect_t is not None and now >= self._connect_t:
+        due = self._connect_t is not None and now >= self._connect_t
+        if state in protocol.DISCONNECTED and due and self._rules.in_force:
             self._connect_t = None
             self._attempt += 1
             address = self._config.standbys[self._standby]
@@ -581,7 +587,8 @@ class PrimaryWorker:
         if self._data.state is State.ENDED:
             return self._data.end_reason or self._reason
         more = (self._claim_said, self._no_standby) if self._data.state in protocol.DISCONNECTED else ()
-        return "; ".join(filter(None, (self._reason, *more, self._unrecordable, self._parts.output.trouble)))
+        troubles = (self._unrecordable, self._rules.trouble, self._parts.output.trouble)
+        return "; ".join(filter(None, (self._reason, *more, *troubles)))
 
     def _log_state(self) -> None:
         """Tell what an operator would call a change; the steps of the cycle are none."""
@@ -597,11 +604,16 @@ def run_primary(
     :param booted_as: in whose name the term was claimed in which it is booted now; None: it was not.
     :param listens: whether to answer primaries that take this node for a standby.
     :raise KageError: what could not be set up or went wrong for good.
+    :raise StoppedError: the guest that was taken over has ended, or was ended, before its protection could be set up.
     """
     with ExitStack() as stack:
-        parts = set_up(node, stack, taken, booted_as=booted_as, listens=listens)
+        if taken is None:
+            parts = set_up(node, stack, None, booted_as=booted_as, listens=listens)
+        else:
+            parts = set_up_taken(node, stack, taken, listens=listens)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection needs to look at it during a pause
-        worker = PrimaryWorker(node, parts, first_epoch=FIRST_EPOCH if taken is None else taken.next_epoch)
+        first_epoch = FIRST_EPOCH if taken is None else taken.next_epoch
+        worker = PrimaryWorker(node, parts, first_epoch=first_epoch, taken_over=taken is not None)
         stack.callback(worker.close)
         return worker.run(), worker.exit_code

@@ -1,7 +1,8 @@
 """Everything a primary's worker works with, set up in the order in which it depends on each other.
 
-Whatever fails half-way undoes what was set up before. QEMU and the two processes are children of the calling
-thread, which must be the worker's main thread: they get SIGKILL when it ends.
+Whatever fails half-way undoes what was set up before, but never a guest that was taken over: nobody else has it. QEMU
+and the two processes are children of the calling thread, which must be the worker's main thread: they get SIGKILL when
+it ends.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import multiprocessing
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kagemusha.agents.inbound_copy import InboundCopy
 from kagemusha.agents.node import Node, TakenOverGuest, identity_of, make_claimant, registration_of
 from kagemusha.agents.output import HostOutput, Output, SwitchOutput
 from kagemusha.agents.refuser import Refuser
 from kagemusha.agents.rules_process import RulesProcess
-from kagemusha.errors import BugError, ConfigError, KageError, TransientError
+from kagemusha.agents.waiting import StoppedError, wait_answering
+from kagemusha.errors import BugError, ConfigError, GuestGoneError, KageError, TransientError
 from kagemusha.failover.claimant import Claimant
 from kagemusha.gate.namespace import GateMode, GateNetwork
-from kagemusha.gate.process import GateClient, spawn_gate
+from kagemusha.gate.process import spawn_gate
 from kagemusha.guest.control import GuestControl
 from kagemusha.guest.launch import QemuProcess, attach, launch
 from kagemusha.guest.machine import Machine, inspect, refuse_unprotectable
@@ -48,6 +50,7 @@ from kagemusha.transport import tls
 from kagemusha.wire.frame import HELD_OUTPUT_BYTES
 
 END_TIMEOUT_S = 2.0
+RETRY_S = 1.0
 
 
 class ShipProcess:
@@ -168,7 +171,7 @@ def set_up(
 ) -> PrimaryParts:
     """Build all parts; ``stack`` takes them down again.
 
-    :param taken: a guest that runs here already, with its gate open.
+    :param taken: a guest that runs here already, with its gate open; it is left as it is, see :func:`set_up_taken`.
     :param listens: whether to answer primaries that take this node for a standby.
     :raise UnsupportedError: the host or the VM cannot be protected.
     :raise ConfigError, GuestError, TransientError: as the parts say.
@@ -177,7 +180,6 @@ def set_up(
     assert config.primary is not None
     context = tls.context(config.tls, "client")
     if taken is not None:
-        stack.push(taken.stack)
         network, qemu, session, machine = taken.network, taken.qemu, taken.session, taken.machine
         control = _control(session, stack)
     elif config.vm.qmp is not None:
@@ -204,13 +206,8 @@ def set_up(
         refuser = Refuser(config.standby.listen, tls_context, config.vm.name, node.terms.terms.held)
         stack.callback(refuser.close)
     slots = tuple(StagingSlot(machine.image.pages) for _ in range(SLOTS))
-    # The gate first: it takes hold0's descriptor away from this process, so that no other child inherits it.
     copies = OutputChannel(HELD_OUTPUT_BYTES)
     stack.callback(copies.close)
-    gate = None
-    if config.held_at is None:
-        gate = spawn_gate(network, hold_bytes=config.primary.hold_mb << 20, copies=copies)
-        stack.callback(gate.close)
     guest_port = guest_port_of(config, "primary" if taken is None else "standby") if qemu.launched else None
     wanted = config.primary.inbound_replay and config.held_at is None  # the switch keeps what is sent to the guest
     inbound = InboundCopy(network, context, config.vm.name, wanted=wanted)
@@ -221,11 +218,15 @@ def set_up(
     claimant = make_claimant(node, identity, stack)  # forks, before there is a connection to the switch, and its thread
     first_epoch = FIRST_EPOCH if taken is None else taken.next_epoch
     in_doubt = taken is None and _is_in_doubt(node, network)
+    # Last, for nothing that fails may end it again: it takes hold0 along, and the network has no other.
+    output: Output
+    if config.held_at is None:
+        output = _in_host(config, network, copies, stack)
+    else:
+        output = output_at_switch(node, network, identity, first_epoch, stack, in_doubt=in_doubt)
     return PrimaryParts(
         network,
-        _in_host(config, network, gate)
-        if gate is not None
-        else output_at_switch(node, network, identity, first_epoch, stack, in_doubt=in_doubt),
+        output,
         qemu,
         session,
         control,
@@ -239,7 +240,41 @@ def set_up(
     )
 
 
-def _in_host(config: Config, network: GateNetwork, gate: GateClient) -> HostOutput:
+def set_up_taken(node: Node, stack: ExitStack, taken: TakenOverGuest, *, listens: bool) -> PrimaryParts:
+    """:func:`set_up` for a guest that was taken over, tried until it succeeds: it runs and is heard meanwhile.
+
+    :param stack: ends the guest, too.
+    :raise StoppedError: an operator has ended it, or it has powered itself off.
+    :raise GuestGoneError: QEMU has died.
+    """
+    stack.push(taken.stack)
+    while True:
+        with ExitStack() as attempt:
+            try:
+                parts = set_up(node, attempt, taken, booted_as=None, listens=listens)
+            except (KageError, OSError) as error:
+                reason = f"cannot be protected yet: {error}"
+            else:
+                stack.push(attempt.pop_all())
+                return parts
+        node.report.tell("primary", "DEGRADED", node.terms.terms.held, reason)
+        if wait_answering(node, RETRY_S, "wait until the VM can be protected", until=taken.qemu):
+            _end_with_guest(taken.session)
+
+
+def _end_with_guest(session: QmpSession) -> NoReturn:
+    with suppress(KageError):
+        session.pump()
+    shutdown = session.take_event("SHUTDOWN")
+    if shutdown is not None and shutdown.data.get("guest"):
+        raise StoppedError("the guest has powered off")
+    raise GuestGoneError("QEMU has died", operation="set up its protection")
+
+
+def _in_host(config: Config, network: GateNetwork, copies: OutputChannel, stack: ExitStack) -> HostOutput:
+    assert config.primary is not None
+    gate = spawn_gate(network, hold_bytes=config.primary.hold_mb << 20, copies=copies)
+    stack.callback(gate.close)
     return HostOutput(network, gate, config.lease.promise)
 
 

@@ -7,15 +7,15 @@ import select
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from kagemusha.agents.control import StatusCommand
 from kagemusha.agents.node import Node, TakenOverGuest, open_node
 from kagemusha.agents.primary import run_primary
 from kagemusha.agents.standby import exit_code_of, run_standby, term_to_claim_of
+from kagemusha.agents.waiting import StoppedError, wait_answering
 from kagemusha.errors import FencedError, TransientError
 from kagemusha.failover.arbiter import Claimed
 from kagemusha.kernel.fault_point import reach
@@ -48,13 +48,9 @@ def run_role(config: Config, role: Role, events: Path | None) -> int:
                     return _run_primary(node)
                 case "standby":
                     return _run_standby(node)
-        except _StoppedError as stopped:
-            node.log.write(Ended(t=time.monotonic(), role=role, reason=str(stopped), exit_code=0))
+        except StoppedError as stopped:
+            node.log.write(Ended(t=time.monotonic(), role=node.report.role, reason=str(stopped), exit_code=0))
             return 0
-
-
-class _StoppedError(Exception):
-    """An operator has ended the node before it knew who runs the VM."""
 
 
 def _run_primary(node: Node) -> int:
@@ -133,7 +129,7 @@ class _Election:
         Asks, as long as the arbiter does not answer, or the disk does not take a term; one that may be claimed is.
 
         :raise ConfigError: the arbiter refuses us.
-        :raise _StoppedError: an operator has ended the node.
+        :raise StoppedError: an operator has ended the node.
         """
         arbiter = self.node.arbiter
         assert arbiter is not None
@@ -141,7 +137,7 @@ class _Election:
         while (term := term_to_claim_of(self.node, self._ask(self._newest), first=self.first)) is not None:
             if term != FIRST_TERM:
                 self._tell(f"may claim term {term}, and waits for a standby that takes over")
-                self._pause(self.node.config.lease.takeover_s + GRACE_S)
+                self._wait(self.node.config.lease.takeover_s + GRACE_S)
                 if term_to_claim_of(self.node, self._ask(self._newest), first=self.first) != term:
                     continue
             identity = f"{self.node.config.node_name}/boot-{secrets.token_hex(6)}"
@@ -161,22 +157,10 @@ class _Election:
                 return question()
             except TransientError as error:
                 self._tell(f"waits: {error}")
-            self._pause(ASK_GAP_S)
+            self._wait(ASK_GAP_S)
 
-    def _pause(self, seconds: float) -> None:
-        """Wait, and tell who asks meanwhile what for."""
-        node = self.node
-        deadline = time.monotonic() + seconds
-        while (left_s := deadline - time.monotonic()) > 0:
-            select.select([node.signals.fileno(), node.control.fileno()], [], [], left_s)
-            if (name := node.signals.take()) is not None:
-                raise _StoppedError(f"{name} received")
-            for client, command in node.control.take():
-                status = node.report.status(peer=None, committed=0)
-                if isinstance(command, StatusCommand):
-                    client.answer(ok=True, status=asdict(status))
-                else:
-                    client.refuse(f"the state is {status.state}: {status.reason}", "wait until the node has a role")
+    def _wait(self, seconds: float) -> None:
+        wait_answering(self.node, seconds, "wait until the node has a role")
 
     def _tell(self, reason: str) -> None:
         self.node.report.tell("node", "STARTING", self.node.terms.terms.held, reason)

@@ -52,6 +52,7 @@ class _Says:
 class RulesProcess:
     """The process as the worker sees it.
 
+    :ivar in_force: the first version is.
     :ivar version: the version that is in force or about to be, encoded (``gate.rulebase.codec``).
     :ivar expanded: the same for a switch, encoded, but for ``flows`` (``gate.rulebase.expansion``); empty without one.
     """
@@ -67,14 +68,14 @@ class RulesProcess:
         theirs.close()
         self.version = self.expanded = b""
         self.flows: dict[str, TimedFlow] = {}
-        self._in_force = False
+        self.in_force = False
 
     def wait_in_force(self) -> None:
         """Wait until the first version is in force.
 
         :raise ConfigError, BugError: it cannot be.
         """
-        while not self._in_force:
+        while not self.in_force:
             if not select.select([self._ours], [], [], START_TIMEOUT_S)[0]:
                 raise BugError("the rules process does not answer", operation="put the rules into force")
             self.take()
@@ -98,7 +99,7 @@ class RulesProcess:
                     self.version, self.expanded, self.flows = pickle.load(file)
                 self._ours.send(_TAKEN)
             case _Says.IN_FORCE:
-                self._in_force = True
+                self.in_force = True
             case _:
                 kind = ConfigError if message[1] == ConfigError.exit_code else BugError
                 raise kind(message[2:].decode(errors="replace"))

@@ -33,25 +33,28 @@ class Status:
 
 
 class StateReport:
-    """Of one VM on one node, through all its roles."""
+    """Of one VM on one node, through all its roles.
+
+    :ivar role: that was told last.
+    """
 
     def __init__(self, log: EventLog, vm: str, node: str) -> None:
         self._log = log
         self._vm = vm
         self._node = node
-        self._role = self._state = self._reason = ""
+        self.role = self._state = self._reason = ""
         self._term = FIRST_TERM
         self._entered_t = time.monotonic()
         self._since = datetime.now(UTC)
 
     def tell(self, role: str, state: str, term: Term, reason: str) -> None:
         """Log a new state, or a new reason in the old one; nothing if both are as before."""
-        if (role, state) != (self._role, self._state):
+        if (role, state) != (self.role, self._state):
             self._entered_t, self._since = time.monotonic(), datetime.now(UTC)
         elif reason == self._reason:
             self._term = term
             return
-        self._role, self._state, self._term, self._reason = role, state, term, reason
+        self.role, self._state, self._term, self._reason = role, state, term, reason
         self._log.write(StateChanged(t=time.monotonic(), role=role, state=state, term=term, reason=reason))
 
     def status(self, *, peer: str | None, committed: int) -> Status:
@@ -59,7 +62,7 @@ class StateReport:
         return Status(
             vm=self._vm,
             node=self._node,
-            role=self._role,
+            role=self.role,
             state=self._state,
             since=self._since.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - self._entered_t, 3),

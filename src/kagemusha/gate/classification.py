@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from kagemusha.gate.rules.classifier import ClassifierRule, Ending, assemble, load
+from kagemusha.gate.rules.classifier import ClassifierRule, Ending, assemble, load, reporting
 from kagemusha.gate.rules.counters import CounterReading, RuleCounters
 from kagemusha.gate.rules.matcher import bind
 from kagemusha.kernel.bpf_slot import ProgramSlot
@@ -73,3 +73,27 @@ class Classification:
     def close(self) -> None:
         """Give the counters back. The program stays in the slot."""
         self._counters.close()
+
+
+class _NoPath:
+    """Frames come by nowhere."""
+
+    def __init__(self) -> None:
+        self.slot = ProgramSlot()
+
+    def ending(self) -> Ending:
+        return reporting
+
+
+def try_out(rule_set: RuleSet, addresses: VmAddresses) -> None:
+    """Find out whether the rule set can come into force on this host; no frame is classified by it.
+
+    :raise ConfigError, UnsupportedError: as :meth:`Classification.install`.
+    """
+    path = _NoPath()
+    classification = Classification(path, addresses)
+    try:
+        classification.install(rule_set)
+    finally:
+        classification.close()
+        path.slot.close()
