@@ -172,8 +172,10 @@ def _promote(world: World, node: Node, number: int) -> None:
         guest = snapshot.guest if snapshot is not None and snapshot.guest.left <= snapshot.memory else None
     if role is None or guest is None or guest.number != world.instances or guest.number in world.judge.cap:
         return
-    if world.judge.runs.get(role.data.tried, node.index) != node.index:
-        return  # another was given the term, and ran in it
+    claims = not isinstance(role, PrimaryRole) or role.data.claiming
+    term = role.data.tried if claims else max(role.data.term, role.data.tried) + 1
+    if world.judge.runs.get(term, node.index) != node.index:
+        return  # another was given the term it would go on in, and ran in it
     for other in world.nodes:
         if other is not node:
             other.die(host=True, guest=True)
