@@ -11,8 +11,9 @@ demo: root setup
 	@$(KAGE) demo $(ARGS)
 
 # Tests that measure or fill the machine themselves come one after the other. Of those in which one host may take another
-# for dead three files run at a time, in their order, for those with few tests take as long; they wait a good deal. Of all
-# others as many tests run as there are processors; those of one guest (xdist_group) stay together.
+# for dead two files run at a time, in their order, for those with few tests take as long; of three, each with workers in
+# real time, the guests starve on two processors. Of all others as many tests run as there are processors; those of one
+# guest (xdist_group) stay together.
 ALONE := $(patsubst %,system/test_%.py,bench_gate chaos switch_demo) kernel/test_watch.py
 APART := unit protocol kernel $(patsubst %,system/test_%.py,answering_calls arbiters guest_control history_load image \
     lease_model replication rulebase rulebase_guest switch switch_control switch_faults)
@@ -20,7 +21,7 @@ TESTS := $(PYTHON) -m pytest -m "not long" $(ARGS)
 test: root setup lint image
 	$(TESTS) $(APART:%=tests/%) $(ALONE:%=--ignore=tests/%) --numprocesses auto --dist loadgroup
 	$(TESTS) tests/system $(ALONE:%=--ignore=tests/%) $(patsubst %,--ignore=tests/%,$(filter system/%,$(APART))) \
-	    --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	    --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(TESTS) $(ALONE:%=tests/%)
 
 # Further kinds of what those show.

@@ -16,7 +16,7 @@ from kagemusha.chaos.switch_agent import SwitchAgent
 from kagemusha.demo.topology import ARBITER, inside, management_host
 from kagemusha.model.events import TakenOver
 
-LEASE_MS = 4000  # a machine that stands still for a moment is not a dead one
+LEASE_MS = 2500  # a machine that stands still for a moment is not a dead one
 HOSTS: tuple[Host, ...] = ("a", "b", "c")
 ENDPOINT = f"http://{management_host(ARBITER)}:2379"
 PEER = f"http://{management_host(ARBITER)}:2380"

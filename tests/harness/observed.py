@@ -35,7 +35,7 @@ from kagemusha.model.rules import VmAddresses
 MAC: str = NetworkTable.model_fields["mac"].default
 ADDRESSES = VmAddresses.parse((MAC,), (GUEST_HOST,))
 CLIENT_HOST = CLIENT_ADDRESS.split("/")[0]
-OBSERVED_LEASE_MS = 3000  # a machine that stands still for a moment is not a dead one
+OBSERVED_LEASE_MS = 2000  # a machine that stands still for a moment is not a dead one
 _SOURCE = Path(__file__).with_name("numbered_stream.c")
 _PROGRAM = "/bin/numbered_stream"
 _LOAD_PORT = 9000

@@ -40,7 +40,7 @@ LOAD_S = 600
 PATIENCE: dict[Role, dict[str, int]] = {
     "primary": {"heartbeat_ms": 100, "stall_ms": 2000},
 }
-LEASE_MS = 3000
+LEASE_MS = 2000
 CHOSEN_FLAGS = {"UP", "PROMISC", "NOARP"}  # the others follow from the state of the link
 TAIL_LINES = 30
 

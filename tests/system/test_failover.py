@@ -65,7 +65,11 @@ def test_the_command_shows_a_failover_and_leaves_nothing_behind(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("kill", "pipeline"),
-    [pytest.param(KillKind.HOST, 1, marks=pytest.mark.long), (KillKind.QEMU, 1), (KillKind.WORKER, 8)],
+    [
+        pytest.param(KillKind.HOST, 1, marks=pytest.mark.long),
+        (KillKind.QEMU, 1),
+        pytest.param(KillKind.WORKER, 8, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_no_acknowledged_write_is_lost_and_no_connection_reset(kill: KillKind, pipeline: int) -> None:
@@ -79,6 +83,7 @@ def test_no_acknowledged_write_is_lost_and_no_connection_reset(kill: KillKind, p
         assert_held(run.report(run.finish_client(), run.verify()))
 
 
+@pytest.mark.long
 def test_a_frozen_primary_is_fenced_when_it_wakes_up() -> None:
     """SIGSTOP of everything on A, takeover, SIGCONT: A ends itself, and no frame of it gets out any more."""
     with loaded_run(DemoOptions(seconds=8, lease_ms=LEASE_MS)) as run:

@@ -36,7 +36,6 @@ SAMPLE = (
     "kill primary at primary-captured",  # the guest stands, and dies with its worker
     "freeze primary at primary-stopped",  # it stands until the worker wakes up, and is fenced
     "kill primary at ship-sync-sent",  # its standby has died: another process ships, and the next host protects the VM
-    "freeze standby at standby-applying",
     "freeze standby at standby-claim-won",  # by then the primary host is dead
     "kill primary at claims-asking",  # by then the standby host is dead
     "kill third at standby-syncing",

@@ -100,6 +100,7 @@ def switchover(node: Command, hosts: Site) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_a_guest_resumed_by_hand_in_the_last_capture_of_a_switchover(pair: Pair) -> None:
     last = pair.wait_next_epoch()
     pair.arm()
