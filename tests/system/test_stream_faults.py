@@ -32,7 +32,7 @@ pytestmark = [
 RAM_MB = 256
 FIRMWARE_ONLY = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none"]
 WITNESS = "PATTERN-OK"
-LEASE_MS, HEARTBEAT_MS = 10_000, 400  # silence must not decide anything while a test looks at memory
+LEASE_MS, HEARTBEAT_MS = 8_000, 200  # silence must not decide anything while a test looks at memory
 
 
 @dataclass
@@ -162,7 +162,7 @@ def test_a_link_that_stalls_in_a_checkpoint_leads_to_a_takeover_at_the_one_befor
     taken = link.standby.wait_event(TakenOver)
     assert (taken.epoch, taken.dropped_partial) == (epoch - 1, True)
     link.writer.wait_more()
-    assert link.primary.state == "HOLDING"
+    link.primary.wait_state("HOLDING")
     link.proxy.go_on()
     assert link.primary.ended() == 4
     link.primary.wait_gone()
