@@ -138,6 +138,22 @@ def test_a_primary_that_cannot_record_a_term_is_protected_again_once_it_can(runn
     cluster.wait(cluster.guest_answers, "the guest answers")
 
 
+def test_a_primary_that_ends_with_the_term_it_has_won_ran_the_vm_last(runner: Runner) -> None:
+    """It was asked to end in doubt, and goes when the arbiter has answered; its host boots the VM."""
+    cluster = runner.cluster
+    active, standby = cluster.wait_protected()
+    node = cluster.nodes[active]
+    cluster.arbiter.signal(signal.SIGSTOP)
+    cluster.strike(standby, "host", signal.SIGKILL)
+    cluster.wait(lambda: node.state == "HOLDING", "the primary claims")
+    cluster.strike(active, "worker", signal.SIGTERM)
+    cluster.arbiter.signal(signal.SIGCONT)
+    cluster.wait(lambda: not node.alive, "it has ended")
+    cluster.repair()
+    cluster.wait(cluster.guest_answers, "the guest answers")
+    cluster.wait_protected()
+
+
 def test_a_standby_that_cannot_record_its_claim_does_not_claim_and_keeps_its_checkpoint(runner: Runner) -> None:
     cluster = runner.cluster
     active, standby = cluster.wait_protected()

@@ -43,6 +43,8 @@ LEISURELY = (State.ALONE, State.SYNCING)
 """Nobody relies on the standby, and there may be much to copy."""
 HAND_OVER_S = 5.0
 """How long a guest stands for a standby that was to take over and lives, but does not commit the last checkpoint."""
+ELSEWHERE = protocol.TERMINAL - {State.ENDED}
+"""The guest runs no more, or not here."""
 ALWAYS = (protocol.KillGuest, protocol.ResumeGuest, protocol.DropSession, protocol.DropClaim, protocol.CloseOutput)
 
 
@@ -453,9 +455,9 @@ class PrimaryWorker:
         return True
 
     def _forget_doubt(self) -> None:
-        """If that cannot be recorded, the next start asks the standby for nothing."""
-        over = self._data.state in protocol.TERMINAL - {State.ENDED}
-        if self._node.terms.terms.doubt and not (self._data.doubtful or over):
+        """If that cannot be recorded, the next start asks the standby for nothing. No pause waits for the disk."""
+        later = self._data.state in ELSEWHERE or self._data.state in protocol.PAUSED
+        if self._node.terms.terms.doubt and not (self._data.doubtful or later):
             with suppress(TransientError):
                 self._node.terms.record_doubt(False)
 
@@ -549,10 +551,12 @@ class PrimaryWorker:
         match effect:
             case protocol.RecordTried():
                 self._record_tried(effect.term)
-            case protocol.RecordTerm() if self._data.state in protocol.TERMINAL:
-                self._node.terms.record(effect.term, own=False)
             case protocol.RecordTerm():
-                self._parts.output.set_term(effect.term)
+                own = self._data.state not in ELSEWHERE
+                if self._data.state in protocol.TERMINAL:  # else it is recorded already
+                    self._node.terms.record(effect.term, own=own)
+                if own:
+                    self._parts.output.set_term(effect.term)
             case protocol.Claim() if claimant is not None:
                 if self._unrecorded is None:
                     claimant.claim(effect.term)
